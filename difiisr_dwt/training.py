@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'TrainingError', 'learning_rate_factor', 'TrainState', 'save_state', 'load_state', 'training_loss',
            'training_step', 'validate', 'initial_state', 'train']
 
-# %% ../nbs/42_training.ipynb #731185e9
+# %% ../nbs/42_training.ipynb #33a70d4b
 import json
 import math
 import time
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .codecs import make_codec, measure_sigma
 from .configuration import resolved
@@ -34,7 +34,7 @@ from .losses import latent_mse
 from .metrics import lpips_network, psnr
 from .models import ModelConfig, RestorationModel, choose_device, load_model, save_model
 
-# %% ../nbs/42_training.ipynb #03bafb78
+# %% ../nbs/42_training.ipynb #42af0a74
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides what is learnt; defaults are those of the shipped model but for data and length."
@@ -78,7 +78,7 @@ def learning_rate_factor(
         return (iteration + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup)))
 
-# %% ../nbs/42_training.ipynb #950fe2a1
+# %% ../nbs/42_training.ipynb #f193c525
 @dataclass
 class TrainState:
     "What an iteration changes."
@@ -130,7 +130,7 @@ def load_state(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 _MAY_CHANGE = ("validate_every", "checkpoint_every", "log_every", "workers", "device")
 
-# %% ../nbs/42_training.ipynb #49f94a78
+# %% ../nbs/42_training.ipynb #bfaad843
 def training_loss(
     model: RestorationModel,
     batch: dict[str, Tensor],  # hr and lr of `PairDataset`
@@ -170,7 +170,7 @@ def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConf
         torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
     return loss.item(), norm.item(), rate
 
-# %% ../nbs/42_training.ipynb #13dfdde6
+# %% ../nbs/42_training.ipynb #edbcfc46
 @torch.no_grad()
 def validate(
     model: RestorationModel,
@@ -223,7 +223,7 @@ def _write_strip(path: Path, pictures: list[tuple[str, list[Tensor]]]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
-# %% ../nbs/42_training.ipynb #4ccff7e4
+# %% ../nbs/42_training.ipynb #dc477a7b
 def initial_state(config: TrainConfig, dataset: PairDataset) -> TrainState:
     "A new model with the deviations of its data, or one to be fine-tuned."
     torch.manual_seed(config.seed)

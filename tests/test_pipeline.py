@@ -1,0 +1,188 @@
+"""The super-resolver: any size and dtype, tiles without seams, masks, sequences, and requests that cannot be met."""
+
+import numpy as np
+import pytest
+import torch
+
+from difiisr_dwt import pipeline
+from difiisr_dwt.degradations import downsample_pixels
+from difiisr_dwt.images import ImageError, ThermalImage, robust_range
+from difiisr_dwt.metrics import psnr
+from difiisr_dwt.models import ModelConfig, ModelError, NetworkConfig, RestorationModel, save_model
+from difiisr_dwt.pipeline import SuperResolver, available_models, find_model
+from difiisr_dwt.tiling import noise_crop
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A run folder's model that changes the picture, as zero-initialized ends would not."""
+    torch.manual_seed(0)
+    model = RestorationModel(ModelConfig(network=NetworkConfig(channels=(16, 24, 32), blocks=1)), sigma=torch.full((16,), 0.03))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("run") / "model.safetensors"
+    save_model(path, model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resolver(model_file):
+    return SuperResolver.from_pretrained(model_file, device="cpu")
+
+
+@pytest.fixture(scope="module", params=["tiny", *available_models()])
+def any_resolver(request, resolver):
+    """The model made here, and those that ship."""
+    return resolver if request.param == "tiny" else SuperResolver.from_pretrained(request.param, device="cpu")
+
+
+def scene(height, width, seed=0):
+    """Grey levels 60 … 200 with edges, gradients, dots and noise, uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 4
+    picture = 110 + 30 * np.sin(x / 19 + 1) * np.cos(y / 13) + 40 * (np.hypot(y - 20, x - 35) < 12) - 30 * ((x // 9 + y // 7) % 5 == 0)
+    return np.clip(picture + rng.normal(0, 1.5, picture.shape), 0, 255).round().astype(np.uint8)
+
+
+def low(hr):
+    """As an 8-bit file of a quarter of the size."""
+    return np.rint(255 * downsample_pixels(hr.astype(np.float32) / 255, levels=255)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 1), (3, 5), (33, 17), (31, 64)])
+def test_size_and_dtype(resolver, size, dtype):
+    array = scene(*size).astype(dtype)
+    before = array.copy()
+    sr = resolver.upscale(array)
+    assert sr.shape == (4 * size[0], 4 * size[1]) and sr.dtype == array.dtype
+    assert np.isfinite(sr).all() and np.array_equal(array, before)
+
+
+def test_longer_than_a_tile(resolver):
+    for size in [(1, 300), (291, 3), (130, 67)]:
+        assert resolver.upscale(scene(*size), tile=64).shape == (4 * size[0], 4 * size[1])
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_tiles_agree_with_the_whole(any_resolver, steps, sampler):
+    lr = low(scene(4 * 90, 4 * 150))
+    options = {"steps": steps, "sampler": sampler, "seed": 5}
+    whole, tiled = (any_resolver.upscale(lr.astype(np.float32), tile=tile, **options) for tile in (0, 64))
+    other = any_resolver.upscale(lr.astype(np.float32), tile=0, **options | {"seed": 6})
+    difference, change = np.abs(whole - tiled), np.abs(whole - lr.repeat(4, 0).repeat(4, 1))
+    # Normalization over a tile instead of the frame is all that differs: far less than another noise or no network.
+    assert difference.mean() < 0.2 * change.mean() and difference.max() < 0.6 * change.max()
+    assert steps == 1 or difference.mean() < np.abs(whole - other).mean()
+
+
+def test_no_seams(any_resolver):
+    """Steps from pixel to pixel are no larger where tiles begin and end than elsewhere."""
+    lr = low(scene(4 * 64, 4 * 208))
+    bare = np.abs(np.diff(any_resolver.upscale(lr.astype(np.float32), steps=2, tile=0), axis=1)).mean(0)
+    steps = np.abs(np.diff(any_resolver.upscale(lr.astype(np.float32), steps=2, tile=64), axis=1)).mean(0)
+    assert np.abs(steps - bare).max() < 0.25 * bare.mean()
+
+
+def test_same_noise_at_the_same_place(resolver):
+    torch.testing.assert_close(noise_crop(3, 1, 16, 60, 10, 9, 70), noise_crop(3, 1, 16, 0, 0, 100, 100)[..., 60:69, 10:80])
+
+
+def test_deterministic_by_seed(resolver):
+    lr = scene(40, 50)
+    first = resolver.upscale(lr, steps=3, seed=1)
+    torch.manual_seed(123)
+    assert np.array_equal(first, resolver.upscale(lr, steps=3, seed=1)), "nothing but the seed matters"
+    assert not np.array_equal(first, resolver.upscale(lr, steps=3, seed=2))
+    assert not np.array_equal(first, resolver.upscale(lr, steps=3, seed=1, sampler="ddim"))
+
+
+def test_counts_score_as_grey_levels(any_resolver):
+    hr = scene(4 * 60, 4 * 80)
+    lr = low(hr)
+    for steps in (1, 3):
+        sr8 = any_resolver.upscale(lr, steps=steps)
+        sr16 = any_resolver.upscale(lr.astype(np.uint16) + 7000, steps=steps)
+        values = [float(psnr(a.astype(np.float64), hr.astype(np.float64), data_range=255)) for a in (sr8, sr16.astype(int) - 7000)]
+        assert abs(values[0] - values[1]) < 0.1, values
+
+
+def test_kelvin_keeps_small_differences(resolver):
+    """A float image far from zero: offset and scale change nothing but rounding."""
+    lr = scene(30, 40).astype(np.float64)
+    plain, kelvin = resolver.upscale(lr), resolver.upscale(290 + lr / 1000)
+    assert np.abs((kelvin - 290) * 1000 - plain).max() < 0.01
+
+
+def test_mask_is_kept_and_not_spread(resolver):
+    lr = scene(40, 50).astype(np.float32)
+    masked = lr.copy()
+    masked[10:14, 20:23], masked[0, 0], masked[39] = np.nan, np.inf, np.nan
+    sr = resolver.upscale(masked)
+    expected = masked.repeat(4, 0).repeat(4, 1)
+    assert np.array_equal(np.isnan(sr), np.isnan(expected)) and np.array_equal(np.isinf(sr), np.isinf(expected))
+    change = np.abs(sr - resolver.upscale(lr))[np.isfinite(sr)]
+    assert np.median(change) < 1, "far from the mask little changes"
+    assert np.isnan(resolver.upscale(np.full((5, 6), np.nan, np.float32))).all()
+
+
+def test_a_constant_frame_stays_one(any_resolver):
+    for value in (0, 128, 255):
+        sr = any_resolver.upscale(np.full((20, 24), value, np.uint8)).astype(int)
+        assert np.abs(sr - value).max() <= 8, "little contrast is not stretched to much"
+
+
+def test_one_range_for_a_sequence(resolver):
+    frames = np.stack([scene(40, 50)] * 2)
+    frames[1, :8, :8] = 255
+    seen = robust_range(frames, min_width=32)
+    alone = [resolver.upscale(f).astype(int)[60:, 60:] for f in frames]
+    together = [resolver.upscale(f, value_range=seen).astype(int)[60:, 60:] for f in frames]
+    assert np.abs(together[0] - together[1]).mean() < np.abs(alone[0] - alone[1]).mean()
+    own = robust_range(frames[0], min_width=32)
+    assert np.abs(resolver.upscale(frames[0], value_range=own).astype(int) - resolver.upscale(frames[0])).max() <= 1
+
+
+def test_image_in_image_out(resolver):
+    image = ThermalImage.from_native(scene(12, 10).astype(np.uint16) + 7000, {"format": "TIFF", "description": "kept"})
+    sr = resolver.upscale_image(image)
+    assert sr.dtype == np.uint16 and sr.value_range == image.value_range and sr.metadata == image.metadata
+    assert sr.pixels.dtype == np.float32 and np.array_equal(sr.native(), resolver.upscale(image.native()))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"steps": 0}, "steps must be 1 to 15"), ({"steps": 16}, "steps must be 1 to 15"), ({"seed": -1}, "seed"),
+    ({"sampler": "ancestal"}, "did you mean 'ancestral'"), ({"tile": 63}, "at least 64"), ({"tile": -64}, "at least 64"),
+    ({"value_range": (5, 5)}, "rising"), ({"value_range": (0, float("nan"))}, "rising"),
+])  # fmt: skip
+def test_impossible_requests(resolver, options, words):
+    with pytest.raises(ModelError, match=words):
+        resolver.upscale(scene(8, 8), **options)
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.uint8), np.zeros((4, 4), np.int32), np.zeros((4, 4), bool)])
+def test_no_single_frame(resolver, array):
+    with pytest.raises(ImageError):
+        resolver.upscale(array)
+
+
+def test_names_of_models(model_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "available_models", lambda: {"compact": model_file, "large": model_file})
+    monkeypatch.chdir(tmp_path)
+    assert find_model("compact") == find_model(model_file) == find_model(model_file.parent) == model_file
+    for name, words in {"compakt": "'compact'", "zzz": "'compact', 'large'", "no/such": "no such model file",
+                        "x.safetensors": "no such model file", ".": "no model.safetensors"}.items():
+        with pytest.raises(ModelError, match=words):
+            find_model(name)
+    (tmp_path / "x.safetensors").write_bytes(b"not one")
+    with pytest.raises(ModelError, match="x.safetensors"):
+        SuperResolver.from_pretrained("x.safetensors")
+    with pytest.raises(ModelError, match="not available"):
+        SuperResolver.from_pretrained("compact", device="cuda:99")
+
+
+def test_progress_is_told(resolver):
+    told = []
+    resolver.upscale(scene(70, 100), steps=2, tile=64, callback=lambda done, total: told.append((done, total)))
+    assert told == [(i, 8) for i in range(9)]
