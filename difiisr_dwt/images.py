@@ -158,7 +158,7 @@ def _decode_tiff(data: bytes, name: str) -> tuple[np.ndarray, dict[str, Any]]:
         metadata: dict[str, Any] = {'format': name}
         # these describe the layout of *this* file, and would be wrong in another
         if page.description and not (page.is_shaped or page.is_imagej or page.is_ome):
-            metadata['description'] = page.description
+            metadata['description'] = str(page.description)
         if 'XResolution' in page.tags: metadata['resolution'] = tuple(map(float, page.get_resolution('INCH')))
         orientation = page.tags.valueof('Orientation', 1)
         lossy = page.compression in (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)

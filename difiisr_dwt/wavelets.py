@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'Details', 'dwt2', 'idwt2', 'wavedec2', 'waverec2', 'packet2', 'ipacket2']
 
-# %% ../nbs/01_wavelets.ipynb #17bbc235
+# %% ../nbs/01_wavelets.ipynb #454de64b
 import difflib
 from collections.abc import Callable, Sequence
 from math import prod
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_wavelets.ipynb #3cd9f6e0
+# %% ../nbs/01_wavelets.ipynb #51f074bd
 MODES = ('periodization', 'symmetric', 'reflect', 'zero')
 _HAAR = ('haar', 'db1', 'bior1.1', 'rbio1.1')
 
@@ -50,7 +50,7 @@ def _haar_unpacket(z: Tensor, level: int) -> Tensor:
     blocks = _precisely(torch.matmul, _hadamard(z, level), z.reshape(B, n*n, C*H*W))
     return blocks.reshape(B, n, n, C, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, C, H*n, W*n)
 
-# %% ../nbs/01_wavelets.ipynb #808a6a0b
+# %% ../nbs/01_wavelets.ipynb #0aa09eca
 def _filter_bank(wavelet: str) -> tuple[tuple[tuple[float, ...], ...], ...]:
     "((decomposition low, high), (reconstruction low, high))"
     w = pywt.Wavelet(wavelet)
@@ -122,7 +122,7 @@ def _check(x: Tensor, wavelet: str, mode: str) -> None:
     if mode == 'reflect' and 1 in x.shape[-2:]:
         raise ValueError(f'Mode reflect needs at least two rows and columns, this image is {list(x.shape)}.')
 
-# %% ../nbs/01_wavelets.ipynb #835b39c7
+# %% ../nbs/01_wavelets.ipynb #d711b245
 Details = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -162,7 +162,7 @@ def idwt2(
     x = _merge(z.reshape(prod(z.shape[:-3]), *z.shape[-3:]), wavelet, mode)
     return x.reshape(*shape[:-2], *x.shape[-2:])
 
-# %% ../nbs/01_wavelets.ipynb #3522fcd0
+# %% ../nbs/01_wavelets.ipynb #53c0b0cb
 def wavedec2(
     x: Tensor, # image [..., H, W]
     wavelet: str = 'haar', # any discrete PyWavelets wavelet
@@ -198,7 +198,7 @@ def waverec2(
         x = idwt2((x, detail), wavelet, mode)
     return x
 
-# %% ../nbs/01_wavelets.ipynb #8364b29d
+# %% ../nbs/01_wavelets.ipynb #84e938f4
 def _check_packet(wavelet: str, level: int, mode: str) -> None:
     if level < 1: raise ValueError(f'A packet needs a level of at least 1, not {level}.')
     if wavelet not in _HAAR and mode != 'periodization':

@@ -29,6 +29,9 @@ def _code(cell: nbformat.NotebookNode) -> list[str]:
     source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
     blocks = [f"```python\n{source}\n```"] if source and "echo: false" not in directives else []
     for output in cell.outputs:
+        if markdown := output.get("data", {}).get("text/markdown"):
+            blocks.append(_LINK.sub(_from_root, markdown.strip()))
+            continue
         text = output.get("text") or output.get("data", {}).get("text/plain", "")
         if text.strip() and "image/png" not in output.get("data", {}):
             blocks.append("```text\n" + text.rstrip() + "\n```")

@@ -61,7 +61,8 @@ def rgba(gray, alpha=None):
 
 def png_of_size(width, height):
     "A well-formed PNG that declares a size and holds one byte of pixels."
-    def chunk(kind, body): return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    def chunk(kind, body):
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
     header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'\0')) + chunk(b'IEND', b'')
 
@@ -119,6 +120,8 @@ GOOD = {
     'pillow8.tif': (saved(Image.fromarray(GRAY8), 'TIFF'), GRAY8),
     'pillow16.tif': (saved(Image.fromarray(GRAY16), 'TIFF'), GRAY16),
     'palette.tif': (saved(PALETTE, 'TIFF'), GRAY8),
+    'twelvebit.tif': (encoded(GRAY16 >> 4, 'TIFF', bitspersample=12), GRAY16 >> 4),
+    'latin1-description.tif': (encoded(GRAY16, 'TIFF', metadata=None, description=b'21 \xb0C'), GRAY16),
     'float32.tif': (encoded(FLOAT, 'TIFF'), FLOAT),
     'float32-deflate.tif': (encoded(FLOAT, 'TIFF', compression='zlib', predictor=True, byteorder='>'), FLOAT),
     'really-a-png.jpg': (encoded(GRAY16, 'PNG'), GRAY16),
@@ -142,7 +145,8 @@ def test_reads_what_other_programs_write(tmp_path, name):
         assert np.array_equal(image.native(), expected)
 
 
-@pytest.mark.parametrize('options', [{}, {'quality': 50}, {'subsampling': '4:2:0', 'quality': 30}, {'progressive': True}])
+@pytest.mark.parametrize('options', [{}, {'quality': 50}, {'subsampling': '4:2:0', 'quality': 30},
+                                     {'progressive': True}])
 def test_gray_jpeg_in_three_channels_is_gray(tmp_path, options):
     gray = scene(64, 48)
     (tmp_path/'three.jpg').write_bytes(encoded(rgb(gray), 'JPEG', **options))
@@ -178,7 +182,7 @@ BAD = {
     'half.bmp': (GOOD['gray8.bmp'][0][:1500], 'truncated'),
     'no-end.jpg': (JPEG[:-2], 'truncated'),
     'no-end.png': (PNG[:-12], 'truncated'),
-    'flipped-bit.png': (PNG[:len(PNG) // 2] + bytes([PNG[len(PNG) // 2] ^ 1]) + PNG[len(PNG) // 2 + 1:], 'truncated, damaged'),
+    'flipped-bit.png': (PNG[:700] + bytes([PNG[700] ^ 1]) + PNG[701:], 'truncated, damaged'),
     'zero-width.png': (png_of_size(0, 5), r'no pixels \(0×5\)'),
     'zero-height.tif': (without_pixels(TIFF), 'no pixels'),
     'bomb.png': (png_of_size(60000, 60000), 'declares 60000×60000 pixels'),
@@ -199,7 +203,8 @@ BAD = {
     'signed16.tif': (encoded(GRAY16.astype(np.int16), 'TIFF'), 'int16 are not supported; convert to uint8'),
     'integer32.tif': (encoded(GRAY16.astype(np.uint32), 'TIFF'), 'uint32 are not supported'),
     'complex.tif': (encoded(FLOAT.astype(np.complex64), 'TIFF'), 'complex64 are not supported'),
-    'five-bands.tif': (encoded(np.zeros((9, 8, 5), np.uint8), 'TIFF', photometric='minisblack', planarconfig='contig'), '5 channels'),
+    'five-bands.tif': (encoded(np.zeros((9, 8, 5), np.uint8), 'TIFF', photometric='minisblack', planarconfig='contig'),
+                       '5 channels'),
     'video.tif': (encoded(np.zeros((7, 9, 8), np.uint16), 'TIFF', photometric='minisblack'), 'holds 7 frames'),
     'imagej-video.tif': (encoded(np.zeros((7, 9, 8), np.uint16), 'TIFF', imagej=True), 'holds 7 frames'),
 }
@@ -213,15 +218,16 @@ def test_bad_input_gets_one_sentence(tmp_path, name, capfd, monkeypatch):
     with pytest.raises(ImageError, match=words) as raised: read_image(tmp_path/name)
     sentence = str(raised.value)
     assert str(tmp_path/name) in sentence and '\n' not in sentence and ';' in sentence, sentence
-    assert raised.value.__cause__ is None and raised.value.__context__ is None, 'a library error would be printed with it'
+    assert raised.value.__cause__ is None and raised.value.__context__ is None, 'a library error would be printed too'
     assert capfd.readouterr() == ('', ''), 'a library spoke on its own'
 
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path/'pipe.png')
     (tmp_path/'loop.png').symlink_to(tmp_path/'loop.png')
-    for path, words in ((tmp_path, 'is a folder'), (tmp_path/'none.png', 'no such file'), (tmp_path/'pipe.png', 'regular'),
-                        (tmp_path/'loop.png', 'cannot read'), (tmp_path/('n' * 300 + '.png'), 'cannot read'), ('a\0b.png', 'cannot read')):
+    for path, words in ((tmp_path, 'is a folder'), (tmp_path/'none.png', 'no such file'),
+                        (tmp_path/'pipe.png', 'regular'), (tmp_path/'loop.png', 'cannot read'),
+                        (tmp_path/('n' * 300 + '.png'), 'cannot read'), ('a\0b.png', 'cannot read')):
         with pytest.raises(ImageError, match=words): read_image(path)
 
 
@@ -232,20 +238,21 @@ def test_unreadable_file(tmp_path):
     with pytest.raises(ImageError, match='ermission'): read_image(tmp_path/'a.png')
 
 
-@pytest.mark.parametrize('name', ['gray8.png', 'gray16.png', 'rgb16.png', 'gray16.tif', 'bigendian-lzw16.tif', 'tiled-lzw16.tif',
-                                  'pillow8.tif', 'pillow16.tif', 'gray8.bmp', 'jpeg', 'progressive'])
+@pytest.mark.parametrize('name', ['gray8.png', 'gray16.png', 'rgb16.png', 'gray16.tif', 'strips16.tif', 'tiled16.tif',
+                                  'bigendian-lzw16.tif', 'tiled-lzw16.tif', 'pillow8.tif', 'pillow16.tif', 'gray8.bmp',
+                                  'jpeg', 'progressive'])
 def test_every_truncation_is_noticed(tmp_path, name):
     if name == 'jpeg': data = encoded(scene(), 'JPEG')
     elif name == 'progressive': data = encoded(scene(), 'JPEG', progressive=True)
     else: data = GOOD[name][0]
     path = tmp_path/'cut'
     path.write_bytes(data)
-    whole = read_image(path).native()
-    for length in range(0, len(data), max(1, len(data) // 400)):
+    read_image(path)
+    for length in range(0, len(data), max(1, len(data) // 150)):
         path.write_bytes(data[:length])
-        try: image = read_image(path)
+        try: read_image(path)
         except ImageError: continue
-        assert name.startswith('pillow') and np.array_equal(image.native(), whole), f'{length} of {len(data)} bytes were accepted'
+        raise AssertionError(f'{length} of {len(data)} bytes were accepted')
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -260,7 +267,8 @@ def test_damage_never_shows_a_library_error(tmp_path, name, draw):
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.tuples(st.integers(1, 70), st.integers(1, 70)), st.sampled_from(['uint8', 'uint16', 'float16', 'float32', 'float64']),
+@given(st.tuples(st.integers(1, 70), st.integers(1, 70)),
+       st.sampled_from(['uint8', 'uint16', 'float16', 'float32', 'float64']),
        st.sampled_from(IMAGE_SUFFIXES), st.integers(0, 2**32 - 1), st.integers(0, 3))
 def test_round_trip(tmp_path, shape, dtype, suffix, seed, kind):
     rng = np.random.default_rng(seed)
@@ -298,7 +306,8 @@ def test_written_files_are_what_other_programs_expect(tmp_path):
 def test_native_rounds_and_clips_integers_and_refuses_nan():
     image = ThermalImage(np.array([[-.2, 1.3, .5, 100.4 / 255]], np.float32), np.dtype('uint8'), (0., 255.), {})
     assert image.native().tolist() == [[0, 255, 128, 100]]
-    with pytest.raises(ImageError, match='NaN'): ThermalImage(np.array([[np.nan]]), np.dtype('uint8'), (0., 255.)).native()
+    masked = ThermalImage(np.array([[np.nan]], np.float32), np.dtype('uint8'), (0., 255.))
+    with pytest.raises(ImageError, match='NaN'): masked.native()
 
 
 @pytest.mark.parametrize('array', [np.zeros((2, 3, 3), np.uint8), np.zeros((0, 3), np.uint8), np.zeros(3, np.uint8),
@@ -314,6 +323,19 @@ def test_float_without_a_range():
         assert image.value_range[1] > image.value_range[0]
 
 
+def test_jpeg_inside_tiff(tmp_path):
+    gray = scene(64, 48)
+    for array, options in ((gray, {}), (rgb(gray), {'photometric': 'rgb'})):
+        tifffile.imwrite(tmp_path/'a.tif', array, compression='jpeg', compressionargs={'level': 95}, **options)
+        assert np.abs(read_image(tmp_path/'a.tif').native().astype(int) - gray).mean() < 3
+
+
+def test_strange_descriptions_can_be_written_back(tmp_path):
+    (tmp_path/'a.tif').write_bytes(GOOD['latin1-description.tif'][0])
+    write_image(tmp_path/'b.tif', read_image(tmp_path/'a.tif'))
+    assert read_image(tmp_path/'b.tif').metadata['description'] == read_image(tmp_path/'a.tif').metadata['description']
+
+
 def test_metadata_is_kept_and_written_back(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text('Comment', 'emissivity 0.95, 21 °C')
@@ -324,7 +346,8 @@ def test_metadata_is_kept_and_written_back(tmp_path):
     write_image(tmp_path/'b.png', image)
     assert read_image(tmp_path/'b.png').metadata['text'] == image.metadata['text']
 
-    tifffile.imwrite(tmp_path/'a.tif', GRAY16, metadata=None, description='21 °C'.encode(), resolution=(100, 100), resolutionunit='INCH')
+    tifffile.imwrite(tmp_path/'a.tif', GRAY16, metadata=None, description='21 °C'.encode(), resolution=(100, 100),
+                     resolutionunit='INCH')
     image = read_image(tmp_path/'a.tif')
     assert image.metadata == {'format': 'TIFF', 'description': '21 °C', 'resolution': (100, 100)}
     write_image(tmp_path/'b.tif', image)
@@ -415,7 +438,8 @@ def test_sigkill_during_a_write_leaves_the_old_file(tmp_path):
 def test_readers_beside_a_writer_see_whole_files(tmp_path):
     path = tmp_path/'a.tif'
     loop = ('import sys, itertools, numpy as np\nfrom difiisr_dwt.images import ThermalImage, write_image\n'
-            'for k in itertools.count(): write_image(sys.argv[1], ThermalImage.from_native(np.full((200, 200), k % 9, np.uint16)))')
+            'for k in itertools.count():\n'
+            '    write_image(sys.argv[1], ThermalImage.from_native(np.full((200, 200), k % 9, np.uint16)))')
     write_image(path, ThermalImage.from_native(np.zeros((200, 200), np.uint16)))
     process = subprocess.Popen([sys.executable, '-c', loop, str(path)])
     try:
@@ -434,14 +458,17 @@ def test_unwritable_output(tmp_path):
     image = ThermalImage.from_native(GRAY8)
     (tmp_path/'file').write_text('not a folder')
     (tmp_path/'folder.png').mkdir()
-    for path, words in ((tmp_path/'file'/'a.png', 'file'), (tmp_path/'folder.png', 'regular'), (tmp_path/'a.webp', 'unknown suffix'),
-                        (tmp_path/'a', 'unknown suffix'), (tmp_path/('n' * 300 + '.png'), 'too long'), (Path('/proc/none/a.png'), 'cannot write')):
+    for path, words in ((tmp_path/'file'/'a.png', 'file'), (tmp_path/'folder.png', 'regular'),
+                        (tmp_path/'a.webp', 'unknown suffix'), (tmp_path/'a', 'unknown suffix'),
+                        (tmp_path/('n' * 300 + '.png'), 'too long'), (Path('/proc/none/a.png'), 'cannot write')):
         with pytest.raises(ImageError, match=words) as raised: write_image(path, image)
         assert str(path) in str(raised.value) and '\n' not in str(raised.value)
     with pytest.raises(ImageError, match='JPEG does not hold uint16 pixels; use PNG or TIFF'):
         write_image(tmp_path/'a.jpg', ThermalImage.from_native(GRAY16))
-    with pytest.raises(ImageError, match='PNG does not hold float32 pixels; use TIFF'): write_image(tmp_path/'a.png', ThermalImage.from_native(FLOAT))
-    with pytest.raises(ImageError, match='cannot write'): write_image(tmp_path/'a.jpg', ThermalImage.from_native(np.zeros((1, 70000), np.uint8)))
+    with pytest.raises(ImageError, match='PNG does not hold float32 pixels; use TIFF'):
+        write_image(tmp_path/'a.png', ThermalImage.from_native(FLOAT))
+    with pytest.raises(ImageError, match='cannot write'): # JPEG ends at 65500 pixels
+        write_image(tmp_path/'a.jpg', ThermalImage.from_native(np.zeros((1, 70000), np.uint8)))
     with pytest.raises(ImageError, match='cannot write'): write_json(tmp_path/'file'/'a.json', {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.png']
 
@@ -461,7 +488,8 @@ def test_find_images(tmp_path):
         (tmp_path/name).touch()
     inside = [tmp_path/name for name in ('a/z.png', 'b/10.TIF', 'b/2.jpeg', 'c.bmp')]
     assert find_images(tmp_path) == find_images(str(tmp_path)) == find_images([tmp_path]) == inside
-    assert find_images([tmp_path/'c.bmp', tmp_path/'notes.txt', tmp_path]) == [tmp_path/'c.bmp', tmp_path/'notes.txt', *inside[:3]]
+    given_first = [tmp_path/'c.bmp', tmp_path/'notes.txt']
+    assert find_images([*given_first, tmp_path]) == [*given_first, *inside[:3]]
     (tmp_path/'none').mkdir()
     for path in (tmp_path/'none', tmp_path/'missing'):
         with pytest.raises(ImageError, match=f'{path.name}.*;'): find_images([tmp_path, path])

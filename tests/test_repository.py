@@ -33,10 +33,10 @@ def source_files() -> list[Path]:
     return [ROOT / name for name in run.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def floor_of(module: str) -> int | None:
-    """The tens digit of the notebook that exports a module."""
+def number_of(module: str) -> int | None:
+    """The number of the notebook that exports a module; its tens digit is the floor."""
     numbers = [int(p.name[:2]) for p in (ROOT / "nbs").glob(f"[0-9][0-9]_{module}.ipynb")]
-    return numbers[0] // 10 if numbers else None
+    return numbers[0] if numbers else None
 
 
 def siblings(tree: ast.AST) -> Iterator[str]:
@@ -98,14 +98,14 @@ def test_version():
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 def test_module(module: Path):
-    """A module imports from lower floors only, is short, and its public parts have types and a line that explains."""
+    """A module imports from lower floors or earlier pages of its own only, is short, and its public parts have types and a line that explains."""
     text = module.read_text(encoding="utf-8")
-    tree, floor = ast.parse(text), floor_of(module.stem)
-    assert floor is not None, f"no notebook nbs/NN_{module.stem}.ipynb"
+    tree, number = ast.parse(text), number_of(module.stem)
+    assert number is not None, f"no notebook nbs/NN_{module.stem}.ipynb"
     for other in siblings(tree):
-        below = floor_of(other)
+        below = number_of(other)
         assert below is not None, f"{module.name} imports {other}, which no notebook exports"
-        assert below < floor, f"{module.name} (floor {floor}) imports {other} (floor {below}): only lower floors"
+        assert below < number, f"{number}_{module.name} imports {below}_{other}: only what comes before"
     assert text.count("\n") <= MAX_LINES, f"{module.name} has more than {MAX_LINES} lines: split it"
 
     problems = []
