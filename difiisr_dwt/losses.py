@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['latent_mse', 'decoded_loss']
 
-# %% ../nbs/32_losses.ipynb #0110d697
+# %% ../nbs/32_losses.ipynb #3b79137f
 from collections.abc import Callable
 
 from torch import Tensor
 
 from .codecs import LatentSpace
 
-# %% ../nbs/32_losses.ipynb #c7c827e9
+# %% ../nbs/32_losses.ipynb #ca6e3986
 def latent_mse(
     prediction: Tensor,  # x0 as predicted, [B, C, h, w]
     x0: Tensor,  # whitened latent, same shape
@@ -22,7 +22,7 @@ def latent_mse(
     error = (prediction - x0).square()
     return (error if weights is None else error * weights.to(error)[:, None, None]).mean()
 
-# %% ../nbs/32_losses.ipynb #d865733c
+# %% ../nbs/32_losses.ipynb #941bd930
 def decoded_loss(
     prediction: Tensor,  # x0 as predicted, [B, C, h, w]
     hr: Tensor,  # truth, [B, 1, H, W] nominally in [-1, 1]

@@ -5,25 +5,29 @@
 # %% auto #0
 __all__ = ['VALIDATION_SEED', 'Recipe', 'read_recipe', 'Planned', 'sha256', 'prepare']
 
-# %% ../nbs/43_preparation.ipynb #036bd7d5
+# %% ../nbs/43_preparation.ipynb #13ad3b5d
 import hashlib
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from tqdm import tqdm
 
+import difiisr_dwt
 from .configuration import configure
 from .datasets import DataError, degrade
 from .degradations import KERNELS
-from .images import ImageError, ThermalImage, find_images, read_image, write_image, write_json
+from .images import ImageError, ThermalImage, atomic_path, find_images, read_image, write_image, write_json
 from .thermal_scenes import render_scene
 
-# %% ../nbs/43_preparation.ipynb #c4c07488
+# %% ../nbs/43_preparation.ipynb #743f5de6
 VALIDATION_SEED = 1_000_000  # first seed of validation scenes: training seeds stay below
 
 
@@ -52,7 +56,7 @@ def read_recipe(
         raise DataError(f"{path}: kind {recipe.kind!r} does not exist; known are {', '.join(map(repr, _PLANS))}")
     return recipe
 
-# %% ../nbs/43_preparation.ipynb #72914ec4
+# %% ../nbs/43_preparation.ipynb #1137bfda
 @dataclass(frozen=True)
 class Planned:
     "One pair to be written."
@@ -60,10 +64,23 @@ class Planned:
     split: str  # train or val
     name: str  # of the result below HR and LR, with suffix
     origin: str  # for the manifest: path below the source, or the scene's seed
+    made_from: str  # SHA-256 of the source file, or the version that renders the scene: another one, another pair
     read: Callable[[], ThermalImage]
 
+    @property
+    def key(self) -> str:
+        "What tells one pair from another."
+        return f"{self.split}/{self.name}"
 
-def _plan_scenes(recipe: Recipe, source: str, train: int, validation: int, size: tuple[int, int], seed: int) -> Iterator[Planned]:
+
+def sha256(path: str | Path) -> str:
+    "Hexadecimal SHA-256 of a file."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _plan_scenes(
+    recipe: Recipe, source: str, out: Path, train: int, validation: int, size: tuple[int, int], seed: int
+) -> Iterator[Planned]:
     "Scenes seed … seed + train − 1 for training, those from VALIDATION_SEED + seed on for validation."
     if source:
         raise DataError(f"recipe {recipe.name!r} makes its own images; leave source empty")
@@ -71,39 +88,62 @@ def _plan_scenes(recipe: Recipe, source: str, train: int, validation: int, size:
         raise DataError(f"recipe {recipe.name!r}: needs at least one scene per split and seeds below {VALIDATION_SEED}")
     for split, first, number in (("train", seed, train), ("val", VALIDATION_SEED + seed, validation)):
         for s in range(first, first + number):
-            yield Planned(split, f"scene-{s:07d}.png", f"seed {s}", lambda s=s: ThermalImage.from_native(render_scene(s, size).image))
+            yield Planned(
+                split, f"scene-{s:07d}.png", f"seed {s}", f"difiisr_dwt {difiisr_dwt.__version__}",
+                lambda s=s: ThermalImage.from_native(render_scene(s, size).image),
+            )
 
 
-def _plan_folder(recipe: Recipe, source: str, train: int, validation: int, size: tuple[int, int], seed: int) -> Iterator[Planned]:
+def _plan_folder(
+    recipe: Recipe, source: str, out: Path, train: int, validation: int, size: tuple[int, int], seed: int
+) -> Iterator[Planned]:
     "A shuffle of the file names by the seed: the first `validation` of them validate, `train` others train (0: all)."
     if not source or not Path(source).is_dir():
         raise DataError(f"recipe {recipe.name!r}: source {source!r} is no folder; name the one with the images")
     root = Path(source)
+    if out.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{out}: lies inside the source {source}, and would be taken for images of it; choose another folder")
     try:
         files = sorted(find_images([root]))
     except ImageError as error:
         raise DataError(str(error)) from None
+    names = _result_names([file.relative_to(root) for file in files])
     random.Random(seed).shuffle(files)
     if not 0 < validation < len(files) or validation + train > len(files):
         raise DataError(f"{source}: has {len(files)} images, too few for {validation} to validate and {train or 'some'} to train")
-    stems = [f.with_suffix("") for f in files]
     chosen = [("val", f) for f in files[:validation]] + [("train", f) for f in files[validation : validation + train if train else None]]
     for split, file in chosen:
         below = file.relative_to(root)
+        yield Planned(split, names[below], below.as_posix(), _sha256_or_nothing(file), lambda file=file: read_image(file))
+
+
+def _sha256_or_nothing(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError:  # reading it will say why, for every such file
+        return ""
+
+
+def _result_names(files: list[Path]) -> dict[Path, str]:
+    "A name for each file: its own as PNG or TIFF, its old suffix kept where two would be one (a.png, a.jpg; a.png, A.png)."
+    stems = [f.with_suffix("").as_posix().casefold() for f in files]
+    shared = {stem for stem, number in Counter(stems).items() if number > 1}
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for file, stem in zip(files, stems, strict=True):
         suffix = file.suffix.lower() if file.suffix.lower() in (".png", ".tif", ".tiff") else ".png"  # never lossy
-        alone = stems.count(file.with_suffix("")) == 1
-        name = (below.with_suffix(suffix) if alone else below.with_name(below.name + suffix)).as_posix()
-        yield Planned(split, name, below.as_posix(), lambda file=file: read_image(file))
+        name, number = file.with_suffix(suffix) if stem not in shared else file.with_name(file.name + suffix), 1
+        while name.as_posix().casefold() in taken:
+            number += 1
+            name = file.with_name(f"{file.name}-{number}{suffix}")
+        names[file] = name.as_posix()
+        taken.add(names[file].casefold())
+    return names
 
 
 _PLANS: dict[str, Callable[..., Iterator[Planned]]] = {"scenes": _plan_scenes, "folder": _plan_folder}
 
-# %% ../nbs/43_preparation.ipynb #246c5e4e
-def sha256(path: str | Path) -> str:
-    "Hexadecimal SHA-256 of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
+# %% ../nbs/43_preparation.ipynb #f23da551
 def prepare(
     recipe: Recipe,
     out: str | Path,  # folder of the result
@@ -121,49 +161,80 @@ def prepare(
     """
     if kernel not in KERNELS:
         raise DataError(f"kernel {kernel!r} does not exist; known are {', '.join(map(repr, KERNELS))}")
-    out, plan = Path(out), list(_PLANS[recipe.kind](recipe, source, train, validation, tuple(size), seed))
+    out = Path(out)
+    plan = list(_PLANS[recipe.kind](recipe, source, out, train, validation, tuple(size), seed))
     # scenes depend on their size and pairs on the kernel: another request must not take over the old files
     request = {"recipe": recipe.name, "kernel": kernel, "scale": scale, "train": train, "validation": validation, "seed": seed,
-               "size": list(size) if recipe.kind == "scenes" else None}
+               "size": list(size) if recipe.kind == "scenes" else None, "min_size": recipe.min_size}
     done = _finished(out, request)
-    partial = out / "manifest.partial.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    bad, small, files = [], [], []
-    with partial.open("w", encoding="utf-8") as lines:
-        lines.write(json.dumps({"request": request}) + "\n")
-        for planned in tqdm(plan, desc="prepare", unit="image"):
-            key = f"{planned.split}/{planned.name}"
-            entry = done.get(key)
-            if entry is None or entry["origin"] != planned.origin or not _is_there(out, entry):
-                try:
-                    hr, lr = degrade(planned.read(), kernel, scale)
-                    if min(hr.pixels.shape) < recipe.min_size:
-                        small.append(f"{planned.origin} ({hr.pixels.shape[1]}×{hr.pixels.shape[0]})")
-                        continue
-                    entry = _write_pair(out, planned, hr, lr)
-                except (ImageError, DataError) as error:
-                    bad.append(str(error))
+    _refuse_strangers(out, {p.key for p in plan} | set(done))
+    kept = {p.key: entry for p in plan if (entry := done.get(p.key)) and entry["made_from"] == p.made_from and _is_there(out, entry)}
+    journal = out / "manifest.partial.jsonl"
+    bad, small, files, begun = [], [], [], False
+    if done.keys() - {p.key for p in plan}:
+        begun = _begin(out, journal, request, done, kept)
+    for planned in tqdm(plan, desc="prepare", unit="image"):
+        entry = kept.get(planned.key)
+        if entry is None:
+            try:
+                hr, lr = degrade(planned.read(), kernel, scale)
+                if min(hr.pixels.shape) < recipe.min_size:
+                    small.append(f"{planned.origin} ({hr.pixels.shape[1]}×{hr.pixels.shape[0]})")
                     continue
-            files.append(entry)
-            lines.write(json.dumps(entry) + "\n")
-            lines.flush()
+                if masked := int((~np.isfinite(hr.pixels)).sum()):
+                    raise DataError(f"{planned.origin} has {masked} masked pixels (NaN), which no network can learn from")
+                begun = begun or _begin(out, journal, request, done, kept)
+                entry = _write_pair(out, planned, hr, lr)
+            except (ImageError, DataError) as error:
+                bad.append(str(error) if planned.origin in str(error) else f"{planned.origin}: {error}")
+                continue
+            with journal.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(entry) + "\n")
+        files.append(entry)
     if bad:
         raise DataError(f"{len(bad)} images cannot be used: " + "; ".join(bad))
     counts = {split: sum(f["split"] == split for f in files) for split in ("train", "val")}
     if not all(counts.values()):
         raise DataError(f"{source}: no image of at least {recipe.min_size}×{recipe.min_size} pixels left for a split; {counts}")
     manifest = {"title": recipe.title, "licence": recipe.licence, "request": request, "counts": counts, "too_small": small, "files": files}
-    if not (out / "manifest.json").exists() or json.loads((out / "manifest.json").read_text()) != manifest:
+    if not (out / "manifest.json").exists() or json.loads((out / "manifest.json").read_text(encoding="utf-8")) != manifest:
         write_json(out / "manifest.json", manifest)
-    partial.unlink()
+    journal.unlink(missing_ok=True)
     return manifest
+
+
+def _begin(out: Path, journal: Path, request: dict[str, Any], done: dict[str, dict], kept: dict[str, dict]) -> bool:
+    "Put the journal in place of the manifest, then remove what no longer holds; a kill in between loses nothing."
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(journal) as temporary:
+        lines = [json.dumps(line) + "\n" for line in ({"request": request}, *done.values())]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    (out / "manifest.json").unlink(missing_ok=True)  # until it is true again
+    for key, entry in done.items():
+        for part in ("HR", "LR") if key not in kept else ():
+            (out / entry["split"] / part / entry["name"]).unlink(missing_ok=True)
+    for rest in (p for split in ("train", "val") for p in list((out / split).rglob(".*"))):
+        if re.fullmatch(r"\..*-\d+-[0-9a-f]{8}\.\w+", rest.name):  # `atomic_path`'s, of a killed run
+            rest.unlink()
+    return True
+
+
+def _refuse_strangers(out: Path, known: set[str]) -> None:
+    "Training reads whatever lies in the folder, so it must hold nothing else."
+    for split in ("train", "val"):
+        for part in ("HR", "LR"):
+            folder = out / split / part
+            found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+            strange = [str(p) for p in found if f"{split}/{p.relative_to(folder).as_posix()}" not in known]
+            if strange:
+                raise DataError(f"{out}: holds {len(strange)} files that no preparation wrote, first {strange[0]}; choose another folder")
 
 
 def _write_pair(out: Path, planned: Planned, hr: ThermalImage, lr: ThermalImage) -> dict[str, Any]:
     "Both files of a pair, and the manifest's entry."
     entry: dict[str, Any] = {
-        "split": planned.split, "name": planned.name, "origin": planned.origin, "height": hr.pixels.shape[0],
-        "width": hr.pixels.shape[1], "bits": 8 * hr.dtype.itemsize,
+        "split": planned.split, "name": planned.name, "origin": planned.origin, "made_from": planned.made_from,
+        "height": hr.pixels.shape[0], "width": hr.pixels.shape[1], "bits": 8 * hr.dtype.itemsize,
     }
     for part, image in (("HR", hr), ("LR", lr)):
         path = out / planned.split / part / planned.name

@@ -111,6 +111,85 @@ def test_every_bad_file_is_named(tmp_path):
     assert {"twin.png.png", "twin.jpg.png"} <= {f["name"] for f in manifest["files"]}
 
 
+def test_source_that_changes(tmp_path):
+    """A frame that is new, changed or gone: the folders hold what the manifest says, so no frame is in both splits."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    frames(source, 9)
+    before = prepare(FOLDER, out, str(source), train=0, validation=3)
+    frames(source, 12)
+    gone, changed = source / before["files"][-1]["origin"], source / before["files"][-2]["origin"]
+    gone.unlink()
+    write_image(changed, ThermalImage.from_native(render_scene(77, (64, 64)).image))
+    manifest = prepare(FOLDER, out, str(source), train=0, validation=3)
+    prepare(FOLDER, tmp_path / "afresh", str(source), train=0, validation=3)
+    assert tree(out) == tree(tmp_path / "afresh")
+    assert len({f["origin"] for f in manifest["files"]}) == 11
+    written = [p.relative_to(out / split / "HR") for split in ("train", "val") for p in (out / split / "HR").rglob("*.png")]
+    assert len(written) == len(set(written)) == 11
+
+
+def test_killed_while_it_writes(tmp_path):
+    """SIGKILL just before a file is renamed, at every tenth rename: half-written files are cleared, the result is the same."""
+    script = """
+import os, signal, sys
+replace, count = os.replace, 0
+def counting(*paths):
+    global count
+    count += 1
+    if count == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+os.replace = counting
+""" + SCRIPT.replace("train=40", "train=8")
+    assert subprocess.run([sys.executable, "-c", script, tmp_path / "whole", "0"], capture_output=True).returncode == 0
+    for at in (10, 10, 8):
+        run = subprocess.run([sys.executable, "-c", script, tmp_path / "killed", str(at)], capture_output=True)
+        assert run.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "manifest.json").exists()
+        assert [p for p in (tmp_path / "killed").rglob(".*")], "the kill left no half-written file"
+    assert subprocess.run([sys.executable, "-c", script, tmp_path / "killed", "0"], capture_output=True).returncode == 0
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+def test_names_that_would_collide(tmp_path):
+    """a.png, a.jpg, a.jpg.png and A.PNG become four results, the same ones in every order and split."""
+    for number, name in enumerate(("a.png", "a.jpg", "a.jpg.png", "A.PNG", "b.tif", "d/a.png")):
+        write_image(tmp_path / "in" / name, ThermalImage.from_native(render_scene(number, (64, 64)).image))
+    manifest = prepare(FOLDER, tmp_path / "out", str(tmp_path / "in"), train=0, validation=2)
+    names = {f["origin"]: f["name"] for f in manifest["files"]}
+    assert len({name.lower() for name in names.values()}) == len(list((tmp_path / "in").rglob("*.*")))
+    assert names["d/a.png"] == "d/a.png" and names["b.tif"] == "b.tif" and names["a.jpg.png"] != names["a.jpg"]
+    other = prepare(FOLDER, tmp_path / "other", str(tmp_path / "in"), train=0, validation=2, seed=5)
+    assert {f["origin"]: f["name"] for f in other["files"]} == names
+
+
+def test_folders_that_cannot_serve(tmp_path):
+    """A result inside its source, and one that holds other files, are refused; those files stay."""
+    frames(tmp_path / "in", 3)
+    with pytest.raises(DataError, match="lies inside the source"):
+        prepare(FOLDER, tmp_path / "in" / "out", str(tmp_path / "in"), train=0, validation=1)
+    assert not (tmp_path / "in" / "out").exists()
+    stranger = tmp_path / "out" / "train" / "HR" / "mine.png"
+    write_image(stranger, ThermalImage.from_native(render_scene(0, (64, 64)).image))
+    with pytest.raises(DataError, match="no preparation wrote, first .*mine.png"):
+        prepare(FOLDER, tmp_path / "out", str(tmp_path / "in"), train=0, validation=1)
+    assert list(tree(tmp_path / "out")) == ["train/HR/mine.png"]
+
+
+def test_float_frames(tmp_path):
+    """Kelvin stay kelvin in HR and LR; frames with masked pixels are named, not spread."""
+    kelvin = render_scene(3, (64, 64)).temperature
+    for number in range(3):
+        write_image(tmp_path / "in" / f"{number}.tif", ThermalImage.from_native(kelvin + number))
+    manifest = prepare(FOLDER, tmp_path / "out", str(tmp_path / "in"), train=0, validation=1)
+    assert {f["bits"] for f in manifest["files"]} == {32}
+    for pair in read_pairs(tmp_path / "out" / "train"):
+        assert abs(pair.lr.native().mean() - pair.hr.native().mean()) < 1 and pair.hr.native().min() > 200
+    kelvin[5, 5] = np.nan
+    write_image(tmp_path / "in" / "1.tif", ThermalImage.from_native(kelvin))
+    with pytest.raises(DataError, match="1.tif has 1 masked"):
+        prepare(FOLDER, tmp_path / "out", str(tmp_path / "in"), train=0, validation=1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
