@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 
 from .images import atomic_path
 from .page import curve_positions, render_page
+from .runs import referenced_runs
 
 # %% auto #0
 __all__ = ['ReportError', 'collect_runs', 'make_report']
@@ -67,7 +67,7 @@ def collect_runs(
             "problems": [record["error"], *problems] if record.get("error") else problems,
             "params": params, "metrics": metrics if not failed else {}, "seconds": record.get("seconds"),
             "when": str(record.get("finished") or record.get("started") or ""), "notebook": notebooks[0] if notebooks else None,
-            "needs": sorted(set(re.findall(r"\$\{root\}/([\w-]+)/([0-9a-f]{12})", json.dumps(params, default=str)))),
+            "needs": referenced_runs(params),
         })  # fmt: skip
     runs.sort(key=lambda run: run["when"], reverse=True)
     order = {stage: i for i, stage in enumerate(_READING_ORDER)}

@@ -22,7 +22,7 @@ import yaml
 from .configuration import unknown_key_message
 
 # %% auto #0
-__all__ = ['ExperimentError', 'find_stage', 'stage_parameters', 'Run', 'read_yaml', 'load_experiment']
+__all__ = ['ExperimentError', 'find_stage', 'stage_parameters', 'referenced_runs', 'Run', 'read_yaml', 'load_experiment']
 
 # %% ../nbs/60_runs.ipynb #154b5098
 class ExperimentError(ValueError):
@@ -127,6 +127,13 @@ def _substituted(value: Any, replace: Callable[[str], str]) -> Any:
     return {k: _substituted(v, replace) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def referenced_runs(
+    params: Mapping[str, Any],  # as in params.yaml
+) -> list[tuple[str, str]]:  # (stage, run_id), sorted, each once
+    "The runs whose folders parameters name as `${root}/stage/run_id`."
+    return sorted(set(_ROOT_REFERENCE.findall(json.dumps(params, default=str))))
+
+
 @dataclass(frozen=True)
 class Run:
     "One notebook with one full set of parameters; folders of earlier runs stand in it as `${root}/stage/run_id`."
@@ -144,7 +151,7 @@ class Run:
     @property
     def needs(self) -> list[tuple[str, str]]:
         "(stage, run_id) of every run whose folder the parameters name."
-        return sorted(set(_ROOT_REFERENCE.findall(json.dumps(self.params))))
+        return referenced_runs(self.params)
 
     def run_dir(self, root: str | Path = "reports") -> Path:
         "Absolute folder of this run."

@@ -20,7 +20,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -31,8 +30,8 @@ from .datasets import PairDataset, batches, read_pairs, upsample_crop
 from .degradations import upsample
 from .images import atomic_path, denormalize, normalize, write_json
 from .losses import latent_mse
-from .metrics import lpips_network, psnr
-from .models import ModelConfig, RestorationModel, choose_device, load_model, save_model
+from .metrics import lpips_network, psnr, to_8bit
+from .models import ModelConfig, RestorationModel, choose_device, load_model, save_model, write_tensors
 
 # %% ../nbs/42_training.ipynb #42af0a74
 @dataclass(frozen=True)
@@ -97,10 +96,8 @@ def save_state(path: Path, state: TrainState, config: TrainConfig) -> None:
     tensors |= {f"average.{k}": v for k, v in state.average.items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{key}.{names[index]}": value for key, value in moments.items()}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     header = {"iteration": state.iteration, "best": state.best if math.isfinite(state.best) else None, "config": resolved(config)}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, {"difiisr_dwt": json.dumps(header)}))  # one entry: their order is random
+    write_tensors(path, tensors, header)
 
 
 def load_state(path: Path, state: TrainState, config: TrainConfig) -> None:
@@ -195,7 +192,7 @@ def validate(
             results = {"bicubic": up} | {
                 name: model.restore(up, steps, noise_sampler=noise) for name, steps in (("1", 1), ("all", model.schedule.steps))
             }
-            results = {k: (denormalize(v, pair.value_range).clamp(0, 1) * 255).round() / 255 for k, v in results.items()}
+            results = {k: to_8bit(denormalize(v, pair.value_range)) for k, v in results.items()}
             rows.append(
                 {f"psnr_{k}": psnr(v, hr).item() for k, v in results.items()}
                 | {f"lpips_{k}": lpips(v, hr).item() for k, v in results.items()}
@@ -224,10 +221,12 @@ def _write_strip(path: Path, pictures: list[tuple[str, list[Tensor]]]) -> None:
         figure.savefig(temporary, format="png")
 
 # %% ../nbs/42_training.ipynb #dc477a7b
-def initial_state(config: TrainConfig, dataset: PairDataset) -> TrainState:
-    "A new model with the deviations of its data, or one to be fine-tuned."
+def initial_state(config: TrainConfig, dataset: PairDataset, resumed: bool = False) -> TrainState:
+    "A new model with the deviations of its data, one to be fine-tuned, or the mould of one that a checkpoint will fill."
     torch.manual_seed(config.seed)
-    if config.initial:
+    if resumed:
+        model = RestorationModel(config.model)
+    elif config.initial:
         model = load_model(config.initial)[0].requires_grad_(True)
         if model.config != config.model:
             raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(model.config)}")
@@ -259,7 +258,7 @@ def train(
     (run_dir / "figures").mkdir(parents=True, exist_ok=True)
     last, log = run_dir / "last.safetensors", run_dir / "metrics.jsonl"
     dataset = PairDataset(config.train, config.kernel, config.model.scale, config.crop, config.seed)
-    state = initial_state(config, dataset)
+    state = initial_state(config, dataset, resumed=last.exists())
     if last.exists():
         load_state(last, state, config)
     _truncate_log(log, state.iteration)
