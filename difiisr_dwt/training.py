@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'TrainingError', 'learning_rate_factor', 'TrainState', 'save_state', 'load_state', 'training_loss',
-           'training_step', 'validate', 'initial_state', 'train']
+           'loss_weights', 'training_step', 'validate', 'initial_state', 'train']
 
-# %% ../nbs/42_training.ipynb #55c78f78
+# %% ../nbs/42_training.ipynb #85c807bf
 import dataclasses
 import json
 import math
@@ -35,7 +35,7 @@ from .metrics import lpips_network, psnr, to_8bit
 from .latent_space import LatentSpace
 from .models import DetailConfig, ModelConfig, RestorationModel, choose_device, load_model, save_model, write_tensors
 
-# %% ../nbs/42_training.ipynb #f79d3890
+# %% ../nbs/42_training.ipynb #1aacc200
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides what is learnt; defaults are those of the shipped model but for data and length."
@@ -59,7 +59,8 @@ class TrainConfig:
     warmup: int = 100  # iterations
     clip: float = 1.0  # of the gradient's norm
     ema: float = 0.999
-    band_weights: tuple[float, ...] | str = "uniform"  # of the squared error per whitened band; "energy": as in the image
+    band_weights: tuple[float, ...] = ()  # of the squared error per whitened band; empty for ones
+    error_of: str = "latent"  # the whitened bands alike, or "image": each by its σ², as an orthonormal codec's image has it
     seed: int = 0
     validate_every: int = 1000
     checkpoint_every: int = 500
@@ -84,7 +85,7 @@ def learning_rate_factor(
         return (iteration + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup)))
 
-# %% ../nbs/42_training.ipynb #a3caa77a
+# %% ../nbs/42_training.ipynb #08a75645
 @dataclass
 class TrainState:
     "What an iteration changes."
@@ -140,13 +141,13 @@ def load_state(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 _MAY_CHANGE = ("validate_every", "checkpoint_every", "log_every", "workers", "device")
 
-# %% ../nbs/42_training.ipynb #a64c7545
+# %% ../nbs/42_training.ipynb #723e0320
 def training_loss(
     model: RestorationModel,
     batch: dict[str, Tensor],  # hr and lr of `PairDataset`
     generator: torch.Generator,  # on the model's device; draws t and the noise
     precision: str = "float32",
-    band_weights: tuple[float, ...] | str = "uniform",  # see `TrainConfig`
+    weights: Tensor | None = None,  # per latent channel, see `loss_weights`
     frozen: bool = False,  # whether only the details are trained
 ) -> Tensor:  # scalar, float32
     "Latent MSE of a batch at random steps of the chain, and that of the model's details."
@@ -159,18 +160,17 @@ def training_loss(
         details = 0 if model.details is None else model.detail_loss(prediction, hr, up, generator)
     if frozen:
         return details
-    return latent_mse(prediction.float(), x0, _loss_weights(model.latent_space, band_weights)) + details
+    return latent_mse(prediction.float(), x0, weights) + details
 
 
-def _loss_weights(space: LatentSpace, band_weights: tuple[float, ...] | str) -> Tensor:
-    "Weights per channel of the latent error; `energy` weighs by σ², so that an orthonormal codec's loss is that of the image."
-    if band_weights == "energy":
-        return space.loss_weights(space.sigma.square() / space.sigma.square().mean())
-    if isinstance(band_weights, str) and band_weights != "uniform":
-        raise TrainingError(f"'band_weights' must be uniform, energy or a list of numbers, not {band_weights!r}")
-    if not isinstance(band_weights, str) and len(band_weights) != space.codec.channels:
-        raise TrainingError(f"'band_weights' must be {space.codec.channels} numbers, one per latent channel, not {len(band_weights)}")
-    return space.loss_weights(() if band_weights == "uniform" else band_weights)
+def loss_weights(space: LatentSpace, config: TrainConfig) -> Tensor:
+    "Weights `[C]` of the squared error per latent channel; raises `TrainingError` for those that do not fit."
+    if config.error_of not in ("latent", "image"):
+        raise TrainingError(f"'error_of' must be latent or image, not {config.error_of!r}")
+    if config.band_weights and len(config.band_weights) != space.codec.channels:
+        raise TrainingError(f"'band_weights' must be {space.codec.channels} numbers, one per latent channel, not {len(config.band_weights)}")
+    weights = space.loss_weights(config.band_weights)
+    return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of == "image" else weights
 
 
 def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConfig) -> tuple[float, float, float]:
@@ -182,7 +182,8 @@ def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConf
         group["lr"] = rate
     generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + state.iteration)
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    loss = training_loss(state.model, batch, generator, config.precision, config.band_weights, config.frozen)
+    weights = loss_weights(state.model.latent_space, config)
+    loss = training_loss(state.model, batch, generator, config.precision, weights, config.frozen)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
@@ -196,7 +197,7 @@ def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConf
     state.cpu_seconds += time.process_time() - started
     return loss.item(), norm.item(), rate
 
-# %% ../nbs/42_training.ipynb #18e05eaa
+# %% ../nbs/42_training.ipynb #90fbe81c
 @torch.no_grad()
 def validate(
     model: RestorationModel,
@@ -249,7 +250,7 @@ def _write_strip(path: Path, pictures: list[tuple[str, list[Tensor]]]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
-# %% ../nbs/42_training.ipynb #ad9fdf97
+# %% ../nbs/42_training.ipynb #272d08f2
 def initial_state(config: TrainConfig, dataset: PairDataset, resumed: bool = False) -> TrainState:
     "A new model with the deviations of its data, one to be fine-tuned, or the mould of one that a checkpoint will fill."
     torch.manual_seed(config.seed)
