@@ -115,7 +115,8 @@ def _matlab_8bit(x: Tensor, wy: np.ndarray, wx: np.ndarray) -> Tensor:
 
 
 def _area_8bit(x: Tensor, wy: np.ndarray, wx: np.ndarray) -> Tensor:
-    return _resize(x, wy, wx).round()
+    mean = _resize(x, wy, wx)
+    return _half_up(mean) if wx.shape[1] == 2 * wx.shape[0] else mean.round()  # OpenCV has a path of its own for x2
 
 
 _PATH_8BIT = {"pillow": _pillow_8bit, "opencv": _opencv_8bit, "matlab": _matlab_8bit, "area": _area_8bit}
