@@ -6,7 +6,7 @@
 __all__ = ['Range', 'BELLS', 'RESIZE_MODES', 'FirstOrder', 'SecondOrder', 'RealESRGANConfig', 'bell_kernel', 'sinc_kernel',
            'random_kernel', 'resize', 'gaussian_noise', 'poisson_noise', 'jpeg', 'degrade_real_esrgan']
 
-# %% ../nbs/14_real_esrgan.ipynb #bde88d5f
+# %% ../nbs/14_real_esrgan.ipynb #0cede1bf
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
@@ -18,7 +18,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 
 from .degradations import blur, lr_size
 
-# %% ../nbs/14_real_esrgan.ipynb #6b4877c4
+# %% ../nbs/14_real_esrgan.ipynb #b5676a0c
 Range = tuple[float, float] # drawn uniformly between the two
 
 
@@ -89,7 +89,7 @@ def _check(config: RealESRGANConfig | FirstOrder, path: str = "") -> None:
         if not any(n % 2 for n in range(config.kernel_size[0], config.kernel_size[1] + 1)):
             raise ValueError(f"{path}kernel_size is {config.kernel_size}: it must contain an odd number.")
 
-# %% ../nbs/14_real_esrgan.ipynb #1fe823a7
+# %% ../nbs/14_real_esrgan.ipynb #3f2641a9
 BELLS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = { # profile over q and beta; the order of `bell_probs` is
     "gaussian": lambda q, beta: np.exp(-q / 2), # gaussian iso, aniso,
     "generalized": lambda q, beta: np.exp(-(q**beta) / 2), # generalized iso, aniso,
@@ -145,7 +145,7 @@ def random_kernel(
     beta = {"gaussian": (1.0, 1.0), "generalized": config.beta_generalized, "plateau": config.beta_plateau}[profile]
     return bell_kernel(size, sigmas, angle, profile, rng.uniform(*beta))
 
-# %% ../nbs/14_real_esrgan.ipynb #265823c0
+# %% ../nbs/14_real_esrgan.ipynb #181b4b19
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 
 
@@ -199,7 +199,7 @@ def jpeg(
     decoded = torch.stack([decode_jpeg(encode_jpeg(plane, quality)) for plane in planes])
     return decoded.reshape(x.shape).to(x.device, x.dtype) / 255
 
-# %% ../nbs/14_real_esrgan.ipynb #a1200765
+# %% ../nbs/14_real_esrgan.ipynb #c0e19515
 def _mode(rng: np.random.Generator) -> str:
     return RESIZE_MODES[int(rng.integers(3))]
 
