@@ -6,13 +6,10 @@
 __all__ = ['MARGIN', 'CONTEXT', 'interleave', 'PairDataset', 'upsample_crop', 'batches', 'DataError', 'Pair', 'degrade',
            'read_pairs']
 
-# %% ../nbs/41_datasets.ipynb #e715e2d5
+# %% ../nbs/41_datasets.ipynb #5f4154fd
 import copy
-import hashlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,16 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .cache import Item, cache_folder, cached_frames, file_marks
-from .degradations import KERNELS, downsample, upsample
-from .images import ImageError, denormalize, normalize, read_image
-from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, chain_range, check_kernels, degrade, find_frames, read_pairs, refuse
-from .thermal_scenes import render_scene
+from .cache import Item, cache_folder, cached_frames, file_marks, source_hash
+from .degradations import KERNELS, upsample
+from .images import ImageError, normalize
+from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, check_kernels, degrade, find_frames, read_pairs, refuse
 
-# %% ../nbs/41_datasets.ipynb #d6574b55
+# %% ../nbs/41_datasets.ipynb #68ad2faa
 _all_ = ["DataError", "Pair", "degrade", "read_pairs"]  # of whole frames, for those who train and prepare
 
-# %% ../nbs/41_datasets.ipynb #0a098fd5
+# %% ../nbs/41_datasets.ipynb #feb91356
 def interleave(
     i: int,  # number of a sample
     shares: Sequence[Fraction],  # of each source, sum 1
@@ -45,7 +41,7 @@ def interleave(
         i, rest = i - before, rest - share
     return len(shares) - 1, i
 
-# %% ../nbs/41_datasets.ipynb #f3de5046
+# %% ../nbs/41_datasets.ipynb #e81a3e8d
 MARGIN = 2  # LR pixels that a bicubic kernel sees beyond a crop
 CONTEXT = 2  # LR pixels more, for the blur of a chain
 _FORMAT = 1  # of what is cached; another number, other files
@@ -54,6 +50,7 @@ _FORMAT = 1  # of what is cached; another number, other files
 def _items(frames: Sequence[Frame], kernels: Sequence[str], scale: int) -> Iterator[Item]:
     "HR of each frame and its LR by each kernel, in native values; at the end refuses what could not be used."
     offenders = []
+    stored = [name for name in kernels if name in KERNELS]
     for frame in frames:
         try:
             hr = frame.read()
@@ -61,26 +58,16 @@ def _items(frames: Sequence[Frame], kernels: Sequence[str], scale: int) -> Itera
                 raise DataError(f"{frame.place} has {masked} masked pixels (NaN), which no network can learn from")
             if frame.lr:
                 pairs = [Pair(frame.name, hr, frame.read_lr(hr, scale))]
-            else:
-                pairs = [Pair(frame.name, *degrade(hr, name, scale), name) for name in kernels or ("bicubic",)]
+            else:  # the range of a chain's LR is taken from a kernel's: noise and compression hardly change it
+                pairs = [Pair(frame.name, *degrade(hr, name, scale), name) for name in stored or ("bicubic",)]
+            seen = {name: CHAINS[name].seen(hr) for name in kernels if name in CHAINS}
         except (ImageError, DataError) as error:
             offenders.append(str(error) if frame.place in str(error) else f"{frame.place}: {error}")
             continue
-        low, high = hr.value_range
-
-        def native(part: tuple[float, float], low: float = low, high: float = high) -> list[float]:
-            return [low + v * (high - low) for v in part]
-
-        yield hr.native(), {"name": frame.name, "range": native(pairs[0].value_range), "chain": native(chain_range(hr))}
-        for pair in pairs if kernels else ():
-            yield pair.lr.native(), {"range": native(pair.value_range)}
+        yield hr.native(), {"name": frame.name, "range": pairs[0].native_range} | seen
+        for pair in pairs if stored else ():
+            yield pair.lr.native(), {"range": pair.native_range}
     refuse(offenders)
-
-
-def _code() -> str:
-    "Hash of the source code that makes frames: what older code made is not taken over."
-    files = [sys.modules[f.__module__].__file__ for f in (read_image, downsample, render_scene, degrade)]
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def _window(array: np.ndarray, row: int, column: int, size: int) -> np.ndarray:
@@ -118,7 +105,8 @@ class PairDataset(Dataset):
         self.kernels, self.scale, self.crop, self.seed, self.augment = check_kernels(kernel), scale, crop, seed, augment
         self.length, self.brightness, self.contrast = length, brightness, contrast
         self.shares = _shares(weights, len(sources))
-        self.stored = [k for k in KERNELS if k in self.kernels]  # those whose LR is made once, of whole frames
+        self.made = [k for k in DEGRADATIONS if k in self.kernels]
+        self.stored = [k for k in self.made if k in KERNELS]  # whose LR is made once, of whole frames
         self.items: list[Sequence[Item]] = []  # of each source: HR, its LR by each stored kernel, the next HR …
         self.groups: list[list[tuple[int, int]]] = []  # what is drawn evenly: source and first item of each frame
         offenders: list[str] = []
@@ -136,9 +124,9 @@ class PairDataset(Dataset):
         "Read one source, or map what was read of it before."
         found = find_frames(source, self.kernels, self.scale)
         files = [file for frame in found for file in (frame.hr, frame.lr) if isinstance(file, Path)]
-        given = found[0].lr is not None
-        key = (_FORMAT, _code(), file_marks(files) if files else str(source), given or self.stored, self.scale)
-        items = cached_frames(folder, key, lambda: _items(found, self.stored, self.scale))
+        own = found[0].lr is not None
+        key = (_FORMAT, source_hash(degrade), file_marks(files) if files else str(source), own, self.made, self.scale)
+        items = cached_frames(folder, key, lambda: _items(found, self.made, self.scale))
         frames = [i for i in range(0, len(items), 1 + len(self.stored)) if min(items[i][0].shape) >= self.crop]
         if not frames:
             raise DataError(f"{source}: no image of at least {self.crop}×{self.crop} pixels; choose a smaller crop")
@@ -164,33 +152,12 @@ class PairDataset(Dataset):
         return frames[self._orders[group][1][position]]
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        "The samples of a batch; those of one chain go through it together."
-        cuts = [self._cut(i) for i in numbers]
-        for name, chain in CHAINS.items():
-            if chosen := [cut for cut in cuts if cut.kernel == name]:
-                made = chain(torch.stack([normalize(c.lr, c.seen) / 2 + 0.5 for c in chosen]), [c.seed for c in chosen], self.scale)
-                for cut, lr in zip(chosen, made, strict=True):
-                    cut.lr = denormalize(2 * lr - 1, cut.seen)[..., CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
-        return [
-            {"hr": normalize(c.hr, c.value_range), "lr": normalize(c.lr, c.value_range), "kernel": torch.tensor(DEGRADATIONS.index(c.kernel))}
-            for c in cuts
-        ]
-
-    def _draw(self, i: int, what: int) -> np.random.Generator:
-        "One source of randomness per sample and purpose."
-        return np.random.default_rng((self.seed, i, what))
-
-    def _cut(self, i: int) -> "_Cut":
-        "Sample i in native values, before a chain."
         source, first = self.frame_of(i)
         kernel = self.kernels[int(self._draw(i, 2).integers(len(self.kernels)))]
-        (hr, info), lr = self.items[source][first], None
-        scale, size, random = self.scale, self.crop // self.scale, self._draw(i, 1)
+        (hr, info), scale, size, random = self.items[source][first], self.scale, self.crop // self.scale, self._draw(i, 1)
         row, column = (int(random.integers(0, n // scale - size + 1)) for n in hr.shape)
-        if kernel in CHAINS:
+        limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
+        if kernel in CHAINS:  # from the HR crop and its surroundings, turned before: a sensor's columns stay upright
             edge = scale * (MARGIN + CONTEXT)
             lr = _window(hr, row * scale - edge, column * scale - edge, self.crop + 2 * edge)
         else:
@@ -201,8 +168,16 @@ class PairDataset(Dataset):
             turns, flip = int(random.integers(4)), bool(random.integers(2))
             hr, lr = (np.rot90(np.fliplr(a) if flip else a, turns) for a in (hr, lr))
         hr, lr = (torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))[None] for a in (hr, lr))
-        chain_seed = int(self._draw(i, 3).integers(2**63 - 1)) if kernel in CHAINS else 0
-        return _Cut(kernel, hr, lr, self._changed(info["range"], i), info.get("chain"), chain_seed)
+        if kernel in CHAINS:
+            seed = int(self._draw(i, 3).integers(2**63 - 1))
+            lr = CHAINS[kernel](lr, seed, scale, *info[kernel], (limits.min, limits.max) if limits else None)
+            lr = lr[:, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
+        value_range = self._changed(info["range"], i)
+        return {"hr": normalize(hr, value_range), "lr": normalize(lr, value_range), "kernel": torch.tensor(DEGRADATIONS.index(kernel))}
+
+    def _draw(self, i: int, what: int) -> np.random.Generator:
+        "One source of randomness per sample and purpose."
+        return np.random.default_rng((self.seed, i, what))
 
     def _changed(self, value_range: Sequence[float], i: int) -> tuple[float, float]:
         "The range that maps values to c·x + b where the frame's own maps them to x."
@@ -212,18 +187,6 @@ class PairDataset(Dataset):
         (low, high), c = value_range, 1 + c
         centre, half = (low + high) / 2, (high - low) / 2
         return centre - half * (b + 1) / c, centre - half * (b - 1) / c
-
-
-@dataclass
-class _Cut:
-    "A sample on its way."
-
-    kernel: str
-    hr: Tensor  # [1, crop, crop], native values
-    lr: Tensor  # with margin, native values; for a chain the HR that it will be made from
-    value_range: tuple[float, float]  # what becomes [-1, 1]
-    seen: tuple[float, float] | None  # what a chain takes for black and white
-    seed: int  # of a chain
 
 
 def _shares(weights: Sequence[float], sources: int) -> list[Fraction]:
