@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'CONTEXT', 'interleave', 'PairDataset', 'upsample_crop', 'batches', 'DataError', 'Pair', 'degrade',
            'read_pairs']
 
-# %% ../nbs/41_datasets.ipynb #5f4154fd
+# %% ../nbs/41_datasets.ipynb #fdbd4fdf
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,10 @@ from .degradations import KERNELS, upsample
 from .images import ImageError, normalize
 from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, check_kernels, degrade, find_frames, read_pairs, refuse
 
-# %% ../nbs/41_datasets.ipynb #68ad2faa
+# %% ../nbs/41_datasets.ipynb #8dc821dc
 _all_ = ["DataError", "Pair", "degrade", "read_pairs"]  # of whole frames, for those who train and prepare
 
-# %% ../nbs/41_datasets.ipynb #feb91356
+# %% ../nbs/41_datasets.ipynb #5db03861
 def interleave(
     i: int,  # number of a sample
     shares: Sequence[Fraction],  # of each source, sum 1
@@ -41,7 +41,7 @@ def interleave(
         i, rest = i - before, rest - share
     return len(shares) - 1, i
 
-# %% ../nbs/41_datasets.ipynb #e81a3e8d
+# %% ../nbs/41_datasets.ipynb #59b62d32
 MARGIN = 2  # LR pixels that a bicubic kernel sees beyond a crop
 CONTEXT = 2  # LR pixels more, for the blur of a chain
 _FORMAT = 1  # of what is cached; another number, other files
