@@ -6,7 +6,7 @@
 __all__ = ['FREQUENCIES', 'VALUES', 'FrameFacts', 'radial_spectrum', 'noise_level', 'look_at', 'look_through', 'summarize',
            'Twin', 'find_twins', 'kernel_differences']
 
-# %% ../nbs/46_data_statistics.ipynb #53f0d9e7
+# %% ../nbs/46_data_statistics.ipynb #4986b451
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .degradations import KERNELS
 from .images import ImageError, ThermalImage, level, normalize, robust_range
 from .pairs import Pair, degrade, find_frames
 
-# %% ../nbs/46_data_statistics.ipynb #2f8a817f
+# %% ../nbs/46_data_statistics.ipynb #971b8dea
 FREQUENCIES = (np.arange(32) + 0.5) / 64  # cycles per pixel, of `FrameFacts.spectrum`
 VALUES = np.linspace(-1.6, 1.6, 65)  # edges of `FrameFacts.histogram`; -1 and 1 are the robust range
 
@@ -96,14 +96,15 @@ def look_at(
         noise_level(x) * 255 / 2, histogram, radial_spectrum(x), perceptual_hash(frame.pixels),
     )
 
-# %% ../nbs/46_data_statistics.ipynb #c09dc537
+# %% ../nbs/46_data_statistics.ipynb #de79efd2
 def look_through(
     source: str | Path,  # see `pairs.find_frames`
     limit: int = 0,  # at most so many frames, evenly spread; 0 for all
+    progress: bool = False,  # show a bar
 ) -> tuple[list[FrameFacts], list[str]]:  # and a sentence for each frame that cannot be used
     "The facts of a source; raises `DataError` where it has no frames at all."
     facts, offenders = [], []
-    for frame in tqdm(find_frames(source, limit=limit), desc=str(source), mininterval=1.0):
+    for frame in tqdm(find_frames(source, limit=limit), desc="/".join(Path(source).parts[-2:]), disable=not progress):
         try:
             found = look_at(frame.read(), frame.name, frame.place)
         except ImageError as error:
@@ -138,7 +139,7 @@ def _most_common(counts: Counter, number: int = 3) -> str:
     words = [f"{what} ({n})" for what, n in counts.most_common(number)]
     return ", ".join(words) + (f", {len(counts) - number} others" if len(counts) > number else "")
 
-# %% ../nbs/46_data_statistics.ipynb #b9af46b2
+# %% ../nbs/46_data_statistics.ipynb #6826f4b1
 @dataclass(frozen=True)
 class Twin:
     "Two frames that look alike."
@@ -159,7 +160,7 @@ def find_twins(
     distance, index = nearest(hash_words(f.phash for f in frames), hash_words(f.phash for f in others), most)
     return [Twin(f, others[j], int(bits)) for f, bits, j in zip(frames, distance, index, strict=True) if bits <= BITS]
 
-# %% ../nbs/46_data_statistics.ipynb #84b1babf
+# %% ../nbs/46_data_statistics.ipynb #87d0e362
 def kernel_differences(
     pairs: Iterable[Pair],
     scale: int = 4,
