@@ -6,7 +6,7 @@
 __all__ = ['Range', 'BELLS', 'RESIZE_MODES', 'FirstOrder', 'SecondOrder', 'RealESRGANConfig', 'bell_kernel', 'sinc_kernel',
            'random_kernel', 'resize', 'gaussian_noise', 'poisson_noise', 'jpeg', 'degrade_real_esrgan']
 
-# %% ../nbs/14_real_esrgan.ipynb #7888c539
+# %% ../nbs/14_real_esrgan.ipynb #045197bd
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .degradations import blur, lr_size
+from .degradations import blur, degrade_each, lr_size
 
-# %% ../nbs/14_real_esrgan.ipynb #22daa0e5
+# %% ../nbs/14_real_esrgan.ipynb #a9d8c006
 Range = tuple[float, float] # drawn uniformly between the two
 
 
@@ -91,7 +91,7 @@ def _check(config: RealESRGANConfig | FirstOrder, path: str = "") -> None:
         if not any(n % 2 for n in range(config.kernel_size[0], config.kernel_size[1] + 1)):
             raise ValueError(f"{path}kernel_size is {config.kernel_size}: it must contain an odd number.")
 
-# %% ../nbs/14_real_esrgan.ipynb #a139b2b2
+# %% ../nbs/14_real_esrgan.ipynb #b16e6572
 BELLS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = { # profile over q and beta; the order of `bell_probs` is
     "gaussian": lambda q, beta: np.exp(-q / 2), # gaussian iso, aniso,
     "generalized": lambda q, beta: np.exp(-(q**beta) / 2), # generalized iso, aniso,
@@ -147,7 +147,7 @@ def random_kernel(
     beta = {"gaussian": (1.0, 1.0), "generalized": config.beta_generalized, "plateau": config.beta_plateau}[profile]
     return bell_kernel(size, sigmas, angle, profile, rng.uniform(*beta))
 
-# %% ../nbs/14_real_esrgan.ipynb #63f6f33a
+# %% ../nbs/14_real_esrgan.ipynb #7a58eeed
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 
 
@@ -204,7 +204,7 @@ def jpeg(
     decoded = decoded.movedim(-1, 1) if colour else decoded.reshape(x.shape)
     return decoded.to(x.device, x.dtype) / 255
 
-# %% ../nbs/14_real_esrgan.ipynb #55a3ee84
+# %% ../nbs/14_real_esrgan.ipynb #8c592c92
 def _mode(rng: np.random.Generator) -> str:
     return RESIZE_MODES[int(rng.integers(3))]
 
@@ -228,7 +228,8 @@ def _quality(rng: np.random.Generator, c: FirstOrder) -> int:
     return int(rng.integers(c.jpeg_quality[0], c.jpeg_quality[1] + 1))
 
 
-def _degrade_one(x: Tensor, rng: np.random.Generator, low: tuple[int, int], c: RealESRGANConfig) -> Tensor:
+def _degrade_one(x: Tensor, rng: np.random.Generator, scale: int, c: RealESRGANConfig) -> Tensor:
+    low = lr_size(x, scale)
     x = jpeg(_blur_resize_noise(x, rng, c.first, tuple(x.shape[-2:])), _quality(rng, c.first))
     if rng.random() < c.second_order_prob:
         x = _blur_resize_noise(x, rng, c.second, low)
@@ -254,9 +255,4 @@ def degrade_real_esrgan(
     """Low-resolution images as the Real-ESRGAN chain draws them (arXiv 2107.10833); not differentiable.
 
     An image's result depends on itself and its seed only. Raises ValueError if the number of seeds or a side does not fit."""
-    low = lr_size(hr, scale)
-    if len(seeds) != len(hr):
-        raise ValueError(f"seeds has {len(seeds)} entries for {len(hr)} images: give one per image.")
-    x = hr if hr.dtype in (torch.float32, torch.float64) else hr.float()
-    parts = [_degrade_one(image[None], np.random.default_rng(int(s)), low, config) for image, s in zip(x, seeds)]
-    return torch.cat(parts).to(hr.dtype) if parts else hr.new_empty(0, hr.shape[1], *low)
+    return degrade_each(hr, seeds, scale, lambda x, rng: _degrade_one(x, rng, scale, config))

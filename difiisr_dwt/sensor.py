@@ -6,7 +6,7 @@
 __all__ = ['Range', 'AGC_MODES', 'SensorConfig', 'lens_transfer', 'lens_blur', 'integrate_pixels', 'smooth_field', 'add_drift',
            'add_stripes', 'add_netd', 'blink', 'kill', 'digitize', 'GainCurve', 'gain_control', 'degrade_sensor']
 
-# %% ../nbs/15_sensor.ipynb #572f0ec8
+# %% ../nbs/15_sensor.ipynb #3601a0ee
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .degradations import filter_spectrum, lr_size
+from .degradations import degrade_each, filter_spectrum, lr_size
 
-# %% ../nbs/15_sensor.ipynb #93bc81c4
+# %% ../nbs/15_sensor.ipynb #cab5acd4
 Range = tuple[float, float] # drawn uniformly between the two, once per image
 
 AGC_MODES = ("none", "linear", "plateau")
@@ -68,7 +68,7 @@ class SensorConfig:
         if self.agc_min_span_k <= 0 or self.agc_plateau <= 0 or not 0 < self.agc_linear <= 1:
             raise ValueError("agc_min_span_k and agc_plateau must be above 0, agc_linear above 0 and at most 1.")
 
-# %% ../nbs/15_sensor.ipynb #548c67b8
+# %% ../nbs/15_sensor.ipynb #afe5d3c6
 @lru_cache(maxsize=1)
 def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(40)
@@ -114,7 +114,7 @@ def lens_blur(
     reach = wavelength_um * f_number + defocus_um / f_number # µm: first zero of the Airy disc, and the blur disc
     return filter_spectrum(x, transfer, int(np.ceil(4 * reach / pitch_um)))
 
-# %% ../nbs/15_sensor.ipynb #f6c5bff1
+# %% ../nbs/15_sensor.ipynb #ac9fe34f
 def integrate_pixels(
     x: Tensor, # [B, C, H, W], H and W multiples of `scale`
     scale: int = 4,
@@ -128,7 +128,7 @@ def integrate_pixels(
     with torch.autocast(x.device.type, enabled=False): # half precision would cost kelvins
         return torch.einsum("bchiwj,i,j->bchw", x.reshape(*x.shape[:2], h, scale, w, scale), weight, weight)
 
-# %% ../nbs/15_sensor.ipynb #4684df3f
+# %% ../nbs/15_sensor.ipynb #9725f173
 def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, like.dtype)
 
@@ -214,7 +214,7 @@ def digitize(
     step = (hi - lo) / (2**bits - 1)
     return ((x.detach() - lo) / step).round().clamp(0, 2**bits - 1) * step + lo
 
-# %% ../nbs/15_sensor.ipynb #cd8fef1f
+# %% ../nbs/15_sensor.ipynb #f099248d
 @dataclass(frozen=True)
 class GainCurve:
     "A rising piecewise linear map from kelvin to grey, constant outside its knots."
@@ -263,7 +263,7 @@ def gain_control(
     curve = GainCurve(_tensor(kelvin, x), _tensor(grey / grey[-1], x))
     return (curve.apply(x) * 255).round() / 255, curve
 
-# %% ../nbs/15_sensor.ipynb #c339efb0
+# %% ../nbs/15_sensor.ipynb #08f3acf5
 def _sense(x: Tensor, rng: np.random.Generator, scale: int, c: SensorConfig) -> Tensor:
     "One scene [1, C, H, W] in kelvin, as the camera's kelvin [1, C, h, w]."
     pitch = rng.uniform(*c.pixel_pitch_um)
@@ -294,13 +294,11 @@ def degrade_sensor(
 
     An image's result depends on itself and its seed only. Raises ValueError if the number of seeds, a side or the
     temperatures do not fit."""
-    low = lr_size(hr, scale)
-    if len(seeds) != len(hr):
-        raise ValueError(f"seeds has {len(seeds)} entries for {len(hr)} images: give one per image.")
     (t0, t1), (lo, hi) = kelvin_range, config.adc_range_k
     if not t0 < t1 or t1 <= lo or t0 >= hi:
         raise ValueError(f"kelvin_range {kelvin_range} does not rise, or lies outside the camera's adc_range_k {(lo, hi)}: change one of them.")
-    kelvin = (hr if hr.dtype == torch.float64 else hr.float()) * (t1 - t0) + t0
-    parts = [_sense(image[None], np.random.default_rng(int(s)), scale, config) for image, s in zip(kelvin, seeds)]
-    seen = torch.cat(parts) if parts else hr.new_empty(0, hr.shape[1], *low)
-    return ((seen - t0) / (t1 - t0)).clamp(0, 1).to(hr.dtype)
+
+    def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
+        return ((_sense(x * (t1 - t0) + t0, rng, scale, config) - t0) / (t1 - t0)).clamp(0, 1)
+
+    return degrade_each(hr, seeds, scale, degrade)
