@@ -233,10 +233,12 @@ def degrade_each(
     scale: int,
     degrade: Callable[[Tensor, np.random.Generator], Tensor], # [1, C, H, W] to [1, C, H/scale, W/scale]
 ) -> Tensor: # LR [B, C, H/scale, W/scale], dtype and device of `hr`; half precision is degraded in float32
-    "Degrade each image by itself, with its own seed; raises ValueError if a side or the number of seeds does not fit."
+    "Degrade each image by itself, with its own seed; raises ValueError if a side or the number of seeds does not fit, or a pixel is not finite."
     low = lr_size(hr, scale)
     if len(seeds) != len(hr):
         raise ValueError(f"seeds has {len(seeds)} entries for {len(hr)} images: give one per image.")
+    if not hr.isfinite().all(): # spectra would spread them over the image
+        raise ValueError("hr has pixels that are NaN or infinite: take a crop without them, or fill them first.")
     x = hr if hr.dtype in (torch.float32, torch.float64) else hr.float()
     parts = [degrade(image[None], np.random.default_rng(int(seed))) for image, seed in zip(x, seeds)]
     return torch.cat(parts).to(hr.dtype) if parts else hr.new_empty(0, hr.shape[1], *low)

@@ -6,7 +6,7 @@
 __all__ = ['Range', 'AGC_MODES', 'SensorConfig', 'lens_transfer', 'lens_blur', 'integrate_pixels', 'smooth_field', 'add_drift',
            'add_stripes', 'add_netd', 'blink', 'kill', 'digitize', 'GainCurve', 'gain_control', 'degrade_sensor']
 
-# %% ../nbs/15_sensor.ipynb #3601a0ee
+# %% ../nbs/15_sensor.ipynb #6ff11930
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .degradations import degrade_each, filter_spectrum, lr_size
 
-# %% ../nbs/15_sensor.ipynb #cab5acd4
+# %% ../nbs/15_sensor.ipynb #e998e98f
 Range = tuple[float, float] # drawn uniformly between the two, once per image
 
 AGC_MODES = ("none", "linear", "plateau")
@@ -68,7 +68,7 @@ class SensorConfig:
         if self.agc_min_span_k <= 0 or self.agc_plateau <= 0 or not 0 < self.agc_linear <= 1:
             raise ValueError("agc_min_span_k and agc_plateau must be above 0, agc_linear above 0 and at most 1.")
 
-# %% ../nbs/15_sensor.ipynb #afe5d3c6
+# %% ../nbs/15_sensor.ipynb #46a97c66
 @lru_cache(maxsize=1)
 def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(40)
@@ -114,7 +114,7 @@ def lens_blur(
     reach = wavelength_um * f_number + defocus_um / f_number # µm: first zero of the Airy disc, and the blur disc
     return filter_spectrum(x, transfer, int(np.ceil(4 * reach / pitch_um)))
 
-# %% ../nbs/15_sensor.ipynb #ac9fe34f
+# %% ../nbs/15_sensor.ipynb #8edb8354
 def integrate_pixels(
     x: Tensor, # [B, C, H, W], H and W multiples of `scale`
     scale: int = 4,
@@ -128,7 +128,7 @@ def integrate_pixels(
     with torch.autocast(x.device.type, enabled=False): # half precision would cost kelvins
         return torch.einsum("bchiwj,i,j->bchw", x.reshape(*x.shape[:2], h, scale, w, scale), weight, weight)
 
-# %% ../nbs/15_sensor.ipynb #9725f173
+# %% ../nbs/15_sensor.ipynb #21569e53
 def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, like.dtype)
 
@@ -214,7 +214,7 @@ def digitize(
     step = (hi - lo) / (2**bits - 1)
     return ((x.detach() - lo) / step).round().clamp(0, 2**bits - 1) * step + lo
 
-# %% ../nbs/15_sensor.ipynb #f099248d
+# %% ../nbs/15_sensor.ipynb #5d750423
 @dataclass(frozen=True)
 class GainCurve:
     "A rising piecewise linear map from kelvin to grey, constant outside its knots."
@@ -263,7 +263,7 @@ def gain_control(
     curve = GainCurve(_tensor(kelvin, x), _tensor(grey / grey[-1], x))
     return (curve.apply(x) * 255).round() / 255, curve
 
-# %% ../nbs/15_sensor.ipynb #08f3acf5
+# %% ../nbs/15_sensor.ipynb #3defd5bb
 def _sense(x: Tensor, rng: np.random.Generator, scale: int, c: SensorConfig) -> Tensor:
     "One scene [1, C, H, W] in kelvin, as the camera's kelvin [1, C, h, w]."
     pitch = rng.uniform(*c.pixel_pitch_um)

@@ -91,6 +91,10 @@ def test_errors_say_what_to_do(chain):
         chain(images(1, 1, 18, 16), [1])
     with pytest.raises(ValueError):
         chain(images(1, 1, 16, 16), [-1])
+    masked = images(1, 1, 16, 16)
+    masked[..., 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        chain(masked, [1])
 
 
 # A value of each field that must make a difference to some image: no option is read and ignored.
