@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'cubic', 'box', 'Kernel', 'resize_matrix', 'crop_to_multiple', 'lr_size', 'downsample', 'downsample_pixels',
-           'filter_spectrum', 'blur', 'upsample']
+           'filter_spectrum', 'blur', 'degrade_each', 'upsample']
 
 # %% ../nbs/10_degradations.ipynb #aa0e92e9
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -225,6 +225,23 @@ def blur(
         return torch.fft.rfft2(F.pad(k, (0, w - size, 0, h - size)).roll((-(size // 2), -(size // 2)), (0, 1)))
 
     return filter_spectrum(x, transfer, size // 2)
+
+# %% ../nbs/10_degradations.ipynb #80f46a00
+def degrade_each(
+    hr: Tensor, # [B, C, H, W] in [0, 1]; H and W multiples of `scale`
+    seeds: Sequence[int], # one per image, not negative
+    scale: int,
+    degrade: Callable[[Tensor, np.random.Generator], Tensor], # [1, C, H, W] to [1, C, H/scale, W/scale]
+) -> Tensor: # LR [B, C, H/scale, W/scale], dtype and device of `hr`; half precision is degraded in float32
+    "Degrade each image by itself, with its own seed; raises ValueError if a side or the number of seeds does not fit, or a pixel is not finite."
+    low = lr_size(hr, scale)
+    if len(seeds) != len(hr):
+        raise ValueError(f"seeds has {len(seeds)} entries for {len(hr)} images: give one per image.")
+    if not hr.isfinite().all(): # spectra would spread them over the image
+        raise ValueError("hr has pixels that are NaN or infinite: take a crop without them, or fill them first.")
+    x = hr if hr.dtype in (torch.float32, torch.float64) else hr.float()
+    parts = [degrade(image[None], np.random.default_rng(int(seed))) for image, seed in zip(x, seeds)]
+    return torch.cat(parts).to(hr.dtype) if parts else hr.new_empty(0, hr.shape[1], *low)
 
 # %% ../nbs/10_degradations.ipynb #2f6d3ae0
 _MATRIX_SIDE = 128 # up to here two dense products are no slower than F.interpolate, and far faster backwards

@@ -6,19 +6,19 @@
 __all__ = ['Range', 'BELLS', 'RESIZE_MODES', 'FirstOrder', 'SecondOrder', 'RealESRGANConfig', 'bell_kernel', 'sinc_kernel',
            'random_kernel', 'resize', 'gaussian_noise', 'poisson_noise', 'jpeg', 'degrade_real_esrgan']
 
-# %% ../nbs/14_real_esrgan.ipynb #0cede1bf
+# %% ../nbs/14_real_esrgan.ipynb #045197bd
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
+import imagecodecs
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
-from .degradations import blur, lr_size
+from .degradations import blur, degrade_each, lr_size
 
-# %% ../nbs/14_real_esrgan.ipynb #b5676a0c
+# %% ../nbs/14_real_esrgan.ipynb #a9d8c006
 Range = tuple[float, float] # drawn uniformly between the two
 
 
@@ -79,6 +79,8 @@ def _check(config: RealESRGANConfig | FirstOrder, path: str = "") -> None:
             raise ValueError(f"{name} is {value}: probabilities are not negative and add up to 1.")
         elif isinstance(value, tuple) and len(value) == 2 and not 0 <= value[0] <= value[1]:
             raise ValueError(f"{name} is {value}: give the smaller number first, none below zero.")
+    if isinstance(config, RealESRGANConfig) and config.levels is not None and config.levels < 1:
+        raise ValueError(f"levels is {config.levels}: at least 1, or None for no rounding.")
     if isinstance(config, FirstOrder):
         if not config.resize_range[0] <= 1 <= config.resize_range[1] or config.resize_range[0] == 0:
             raise ValueError(f"{path}resize_range is {config.resize_range}: it must reach from above 0 past 1.")
@@ -89,7 +91,7 @@ def _check(config: RealESRGANConfig | FirstOrder, path: str = "") -> None:
         if not any(n % 2 for n in range(config.kernel_size[0], config.kernel_size[1] + 1)):
             raise ValueError(f"{path}kernel_size is {config.kernel_size}: it must contain an odd number.")
 
-# %% ../nbs/14_real_esrgan.ipynb #3f2641a9
+# %% ../nbs/14_real_esrgan.ipynb #b16e6572
 BELLS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = { # profile over q and beta; the order of `bell_probs` is
     "gaussian": lambda q, beta: np.exp(-q / 2), # gaussian iso, aniso,
     "generalized": lambda q, beta: np.exp(-(q**beta) / 2), # generalized iso, aniso,
@@ -145,7 +147,7 @@ def random_kernel(
     beta = {"gaussian": (1.0, 1.0), "generalized": config.beta_generalized, "plateau": config.beta_plateau}[profile]
     return bell_kernel(size, sigmas, angle, profile, rng.uniform(*beta))
 
-# %% ../nbs/14_real_esrgan.ipynb #181b4b19
+# %% ../nbs/14_real_esrgan.ipynb #7a58eeed
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 
 
@@ -195,11 +197,14 @@ def jpeg(
 ) -> Tensor: # on the grid k/255; no gradient passes
     "Through a baseline JPEG file and back, on the CPU whatever the device."
     pixels = (x.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
-    planes = pixels if x.shape[1] == 3 else pixels.flatten(0, 1)[:, None]
-    decoded = torch.stack([decode_jpeg(encode_jpeg(plane, quality)) for plane in planes])
-    return decoded.reshape(x.shape).to(x.device, x.dtype) / 255
+    colour = x.shape[1] == 3
+    planes = pixels.movedim(1, -1) if colour else pixels.flatten(0, 1)
+    files = [imagecodecs.jpeg8_encode(p, level=quality, subsampling="420") for p in planes.numpy().copy("C")]
+    decoded = torch.from_numpy(np.stack([imagecodecs.jpeg8_decode(file) for file in files]))
+    decoded = decoded.movedim(-1, 1) if colour else decoded.reshape(x.shape)
+    return decoded.to(x.device, x.dtype) / 255
 
-# %% ../nbs/14_real_esrgan.ipynb #c0e19515
+# %% ../nbs/14_real_esrgan.ipynb #8c592c92
 def _mode(rng: np.random.Generator) -> str:
     return RESIZE_MODES[int(rng.integers(3))]
 
@@ -223,7 +228,8 @@ def _quality(rng: np.random.Generator, c: FirstOrder) -> int:
     return int(rng.integers(c.jpeg_quality[0], c.jpeg_quality[1] + 1))
 
 
-def _degrade_one(x: Tensor, rng: np.random.Generator, low: tuple[int, int], c: RealESRGANConfig) -> Tensor:
+def _degrade_one(x: Tensor, rng: np.random.Generator, scale: int, c: RealESRGANConfig) -> Tensor:
+    low = lr_size(x, scale)
     x = jpeg(_blur_resize_noise(x, rng, c.first, tuple(x.shape[-2:])), _quality(rng, c.first))
     if rng.random() < c.second_order_prob:
         x = _blur_resize_noise(x, rng, c.second, low)
@@ -249,9 +255,4 @@ def degrade_real_esrgan(
     """Low-resolution images as the Real-ESRGAN chain draws them (arXiv 2107.10833); not differentiable.
 
     An image's result depends on itself and its seed only. Raises ValueError if the number of seeds or a side does not fit."""
-    low = lr_size(hr, scale)
-    if len(seeds) != len(hr):
-        raise ValueError(f"seeds has {len(seeds)} entries for {len(hr)} images: give one per image.")
-    x = hr if hr.dtype in (torch.float32, torch.float64) else hr.float()
-    parts = [_degrade_one(image[None], np.random.default_rng(int(s)), low, config) for image, s in zip(x, seeds)]
-    return torch.cat(parts).to(hr.dtype) if parts else hr.new_empty(0, hr.shape[1], *low)
+    return degrade_each(hr, seeds, scale, lambda x, rng: _degrade_one(x, rng, scale, config))

@@ -6,7 +6,7 @@
 __all__ = ['Range', 'AGC_MODES', 'SensorConfig', 'lens_transfer', 'lens_blur', 'integrate_pixels', 'smooth_field', 'add_drift',
            'add_stripes', 'add_netd', 'blink', 'kill', 'digitize', 'GainCurve', 'gain_control', 'degrade_sensor']
 
-# %% ../nbs/15_sensor.ipynb #25606295
+# %% ../nbs/15_sensor.ipynb #6ff11930
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .degradations import filter_spectrum, lr_size
+from .degradations import degrade_each, filter_spectrum, lr_size
 
-# %% ../nbs/15_sensor.ipynb #3171a7dc
+# %% ../nbs/15_sensor.ipynb #e998e98f
 Range = tuple[float, float] # drawn uniformly between the two, once per image
 
 AGC_MODES = ("none", "linear", "plateau")
@@ -61,14 +61,14 @@ class SensorConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: a share is at most 1.")
         if self.agc not in AGC_MODES:
             raise ValueError(f"agc {self.agc!r} is unknown: use one of {', '.join(AGC_MODES)}.")
-        if self.adc_range_k[0] == self.adc_range_k[1] or not 1 <= self.adc_bits <= 24:
-            raise ValueError(f"adc_range_k {self.adc_range_k} in {self.adc_bits} bits: the converter needs a span and 1 to 24 bits.")
+        if self.adc_range_k[0] == self.adc_range_k[1] or not 1 <= self.adc_bits <= 16:
+            raise ValueError(f"adc_range_k {self.adc_range_k}, adc_bits {self.adc_bits}: the converter needs a span and 1 to 16 bits.")
         if self.agc_percentiles[1] > 100 or self.agc_percentiles[0] == self.agc_percentiles[1]:
             raise ValueError(f"agc_percentiles is {self.agc_percentiles}: two different ones between 0 and 100.")
         if self.agc_min_span_k <= 0 or self.agc_plateau <= 0 or not 0 < self.agc_linear <= 1:
             raise ValueError("agc_min_span_k and agc_plateau must be above 0, agc_linear above 0 and at most 1.")
 
-# %% ../nbs/15_sensor.ipynb #aaf1ff34
+# %% ../nbs/15_sensor.ipynb #46a97c66
 @lru_cache(maxsize=1)
 def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(40)
@@ -114,7 +114,7 @@ def lens_blur(
     reach = wavelength_um * f_number + defocus_um / f_number # µm: first zero of the Airy disc, and the blur disc
     return filter_spectrum(x, transfer, int(np.ceil(4 * reach / pitch_um)))
 
-# %% ../nbs/15_sensor.ipynb #48103cf6
+# %% ../nbs/15_sensor.ipynb #8edb8354
 def integrate_pixels(
     x: Tensor, # [B, C, H, W], H and W multiples of `scale`
     scale: int = 4,
@@ -125,9 +125,10 @@ def integrate_pixels(
     half = scale * fill_factor**0.5 / 2
     edge = np.clip(np.arange(scale + 1) - scale / 2, -half, half)
     weight = torch.tensor(np.diff(edge) / (2 * half), dtype=x.dtype, device=x.device)
-    return torch.einsum("bchiwj,i,j->bchw", x.reshape(*x.shape[:2], h, scale, w, scale), weight, weight)
+    with torch.autocast(x.device.type, enabled=False): # half precision would cost kelvins
+        return torch.einsum("bchiwj,i,j->bchw", x.reshape(*x.shape[:2], h, scale, w, scale), weight, weight)
 
-# %% ../nbs/15_sensor.ipynb #f51ff4b0
+# %% ../nbs/15_sensor.ipynb #21569e53
 def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, like.dtype)
 
@@ -213,7 +214,7 @@ def digitize(
     step = (hi - lo) / (2**bits - 1)
     return ((x.detach() - lo) / step).round().clamp(0, 2**bits - 1) * step + lo
 
-# %% ../nbs/15_sensor.ipynb #9576bd1a
+# %% ../nbs/15_sensor.ipynb #5d750423
 @dataclass(frozen=True)
 class GainCurve:
     "A rising piecewise linear map from kelvin to grey, constant outside its knots."
@@ -242,7 +243,7 @@ def gain_control(
     percentiles: Range = (0.5, 99.5), # shown as black and white
     min_span_k: float = 2.0, # K, stretched no less than this
     plateau: float = 3.0, # a bin counts at most so many times the mean bin
-    linear: float = 0.4, # share of the grey levels that is given out evenly, above 0
+    linear: float = 0.4, # share of the grey levels that is given out evenly, what the plateau cuts off besides; above 0
 ) -> tuple[Tensor, GainCurve]: # the 8-bit picture k/255, and its curve; no gradient passes
     "Automatic gain control to 8 bits (plateau equalization: Vickers, Optical Engineering 35(7), 1996)."
     if mode not in AGC_MODES[1:]:
@@ -257,12 +258,12 @@ def gain_control(
         kelvin = np.linspace(lo, hi, 257)
         share = np.histogram(x.double().cpu().numpy(), kelvin)[0] / x.numel()
         share = np.minimum(share, plateau / 256)
-        share = (1 - linear) * share / share.sum() + linear / 256 if share.sum() else np.full(256, 1 / 256)
+        share = (1 - linear) * share + (1 - (1 - linear) * share.sum()) / 256 # the rest of the levels, evenly
         grey = np.concatenate([[0.0], np.cumsum(share)])
     curve = GainCurve(_tensor(kelvin, x), _tensor(grey / grey[-1], x))
     return (curve.apply(x) * 255).round() / 255, curve
 
-# %% ../nbs/15_sensor.ipynb #8f448246
+# %% ../nbs/15_sensor.ipynb #3defd5bb
 def _sense(x: Tensor, rng: np.random.Generator, scale: int, c: SensorConfig) -> Tensor:
     "One scene [1, C, H, W] in kelvin, as the camera's kelvin [1, C, h, w]."
     pitch = rng.uniform(*c.pixel_pitch_um)
@@ -293,13 +294,11 @@ def degrade_sensor(
 
     An image's result depends on itself and its seed only. Raises ValueError if the number of seeds, a side or the
     temperatures do not fit."""
-    low = lr_size(hr, scale)
-    if len(seeds) != len(hr):
-        raise ValueError(f"seeds has {len(seeds)} entries for {len(hr)} images: give one per image.")
     (t0, t1), (lo, hi) = kelvin_range, config.adc_range_k
     if not t0 < t1 or t1 <= lo or t0 >= hi:
         raise ValueError(f"kelvin_range {kelvin_range} does not rise, or lies outside the camera's adc_range_k {(lo, hi)}: change one of them.")
-    kelvin = (hr if hr.dtype == torch.float64 else hr.float()) * (t1 - t0) + t0
-    parts = [_sense(image[None], np.random.default_rng(int(s)), scale, config) for image, s in zip(kelvin, seeds)]
-    seen = torch.cat(parts) if parts else hr.new_empty(0, hr.shape[1], *low)
-    return ((seen - t0) / (t1 - t0)).clamp(0, 1).to(hr.dtype)
+
+    def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
+        return ((_sense(x * (t1 - t0) + t0, rng, scale, config) - t0) / (t1 - t0)).clamp(0, 1)
+
+    return degrade_each(hr, seeds, scale, degrade)
