@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAXIMUM', 'is_colour_mapped', 'bits_below', 'format_of', 'decode']
 
-# %% ../nbs/01_decoding.ipynb #2624ea4b
+# %% ../nbs/01_decoding.ipynb #d6097f73
 import io
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 
 from .radiometry import ImageError, find_unit, flir_celsius, flir_records
 
-# %% ../nbs/01_decoding.ipynb #86f38c9b
+# %% ../nbs/01_decoding.ipynb #4efef4bd
 _GRAY_LEVELS = {'JPEG': 8, 'lossless': 4} # by which the channels of a gray 8-bit image may differ
 
 def _single_channel(
@@ -66,7 +66,7 @@ def is_colour_mapped(
     variance, steps = chroma.var(0).sum(), (np.diff(chroma, axis=0) ** 2).sum(-1)
     return bool(len(steps) and np.median(steps) / 2 < .01 * variance)
 
-# %% ../nbs/01_decoding.ipynb #68f4c33d
+# %% ../nbs/01_decoding.ipynb #d9491513
 MAXIMUM = 'MaxSampleValue' # the largest possible count: TIFF's name of tag 281, and ours for a text in PNG
 
 def bits_below(
@@ -80,7 +80,10 @@ def bits_below(
 
 def _png_bits(data: bytes, array: np.ndarray, text: dict[str, str]) -> dict[str, int]:
     "`bits` of a PNG's counts below the type's, or `sbit` where they are scaled to the whole type."
-    if bits := bits_below(text.pop(MAXIMUM, None), array.dtype): return {'bits': bits}
+    if bits := bits_below(text.get(MAXIMUM), array.dtype):
+        if array.max() >> bits: return {}
+        del text[MAXIMUM] # it has become the value range
+        return {'bits': bits}
     position = data.find(b'sBIT', 8, data.find(b'IDAT'))
     if position < 0 or array.dtype != np.uint16: return {}
     significant = set(data[position + 4:position + 4 + int.from_bytes(data[position - 4:position], 'big')])
@@ -89,7 +92,7 @@ def _png_bits(data: bytes, array: np.ndarray, text: dict[str, str]) -> dict[str,
     scaled = array.max() >> bits or not (array & (2 ** (16 - bits) - 1)).any()
     return {'sbit' if scaled else 'bits': bits}
 
-# %% ../nbs/01_decoding.ipynb #ab3a6ae0
+# %% ../nbs/01_decoding.ipynb #064f17c4
 # Without a handler of their own, tifffile's log records of damaged files would appear on stderr beside our sentence.
 logging.getLogger('tifffile').addHandler(logging.NullHandler())
 

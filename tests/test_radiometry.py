@@ -475,3 +475,56 @@ def test_coloured_marks_on_gray_are_named(tmp_path):
     rgb[90:92, 100:140] = 255, 0, 0
     Image.fromarray(rgb).save(tmp_path/'a.png')
     with pytest.raises(ImageError, match=r'0.16 % of its pixels are coloured, such as a mark or a logo'): read_image(tmp_path/'a.png')
+
+
+# Upscaling
+
+def upscaled(tmp_path, name):
+    "What `difiisr upscale` makes of a file, and where."
+    from difiisr_dwt.cli import main
+
+    assert main(['upscale', str(tmp_path/name), '--out', str(tmp_path/'out'), '--device', 'cpu', '--threads', '1']) == 0
+    (result,) = (tmp_path/'out').iterdir()
+    return result
+
+
+def block_means(values): return values.reshape(values.shape[0] // 4, 4, values.shape[1] // 4, 4).mean((1, 3))
+
+
+def test_upscale_a_flir_jpeg_to_a_float_tiff_in_celsius(tmp_path, flyr):
+    kelvin = kelvin_scene()
+    counts = Camera().counts(kelvin)
+    (tmp_path/'frame.jpg').write_bytes(flir_jpeg(counts, Camera(), palette('iron')[np.zeros((48, 64), int)]))
+    result = upscaled(tmp_path, 'frame.jpg')
+    image = read_image(result)
+    assert result.name == 'frame.tif' and image.dtype == np.float32 and image.pixels.shape == (192, 256)
+    assert image.metadata['unit'] == 'celsius' and 'emissivity 1' in image.metadata['description']
+    assert np.abs(block_means(image.native()) - (Camera().kelvin(counts) - 273.15)).mean() < .15
+
+
+@pytest.mark.parametrize('unit,offset', [('kelvin', 0), ('celsius', -273.15)])
+def test_upscale_keeps_the_unit_and_the_mask(tmp_path, unit, offset):
+    values = (kelvin_scene() + offset).astype(np.float32)
+    values[5:9, 10:14], values[0, 0] = np.nan, np.inf
+    tifffile.imwrite(tmp_path/'a.tiff', values, metadata=None, description=f'unit: {unit}', resolution=(50, 50), resolutionunit='INCH')
+    result = upscaled(tmp_path, 'a.tiff')
+    image = read_image(result)
+    assert result.name == 'a.tiff' and image.dtype == np.float32
+    assert image.metadata == {'format': 'TIFF', 'unit': unit, 'resolution': (200, 200)}
+    large = values.repeat(4, 0).repeat(4, 1)
+    masked = ~np.isfinite(large)
+    assert np.array_equal(~np.isfinite(image.native()), masked) and np.array_equal(image.native()[masked], large[masked], equal_nan=True)
+    means = block_means(np.where(masked, 0, image.native()))[10:, 20:]
+    assert np.abs(means - values[10:, 20:]).mean() < .15
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+def test_upscale_keeps_fourteen_bits(tmp_path, suffix):
+    counts = np.interp(kelvin_scene(), (275, 300), (13000, 16383)).astype(np.uint16)  # up to the last one
+    write_image(tmp_path/f'a{suffix}', ThermalImage.from_native(counts, {'bits': 14, 'unit': 'kelvin'}))
+    result = upscaled(tmp_path, f'a{suffix}')
+    image = read_image(result)
+    assert result.suffix == suffix and image.dtype == np.uint16 and image.value_range == (0, 16383)
+    assert image.metadata['bits'] == 14 and image.metadata['unit'] == 'kelvin'
+    native = image.native()
+    assert native.max() == 16383 and np.abs(block_means(native) - counts).mean() < 30
