@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAXIMUM', 'is_colour_mapped', 'bits_below', 'format_of', 'decode']
 
-# %% ../nbs/01_decoding.ipynb #49d06241
+# %% ../nbs/01_decoding.ipynb #d6097f73
 import io
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 
 from .radiometry import ImageError, find_unit, flir_celsius, flir_records
 
-# %% ../nbs/01_decoding.ipynb #d403198c
+# %% ../nbs/01_decoding.ipynb #4efef4bd
 _GRAY_LEVELS = {'JPEG': 8, 'lossless': 4} # by which the channels of a gray 8-bit image may differ
 
 def _single_channel(
@@ -46,25 +46,27 @@ def _why_coloured(rgb: np.ndarray, spread: np.ndarray, tolerance: float) -> str:
     if is_colour_mapped(rgb):
         return (f'{differ}: it is colour-mapped, and a palette such as iron or rainbow tells no temperatures; export the '
                 'single-channel infrared image (white-hot or radiometric) instead')
-    return (f'{differ}, so it is a visible-light or a colour-mapped picture; export the single-channel infrared image '
-            'instead')
+    return (f'{differ}, so it is a visible-light or a colour-mapped picture, which tells no temperatures; export the '
+            'single-channel infrared image instead')
 
 def is_colour_mapped(
-    rgb: np.ndarray, # [H, W, 3], any dtype
+    rgb: np.ndarray, # [H, W, 3] uint8 or uint16, of a picture that is not gray
 ) -> bool:
-    "Whether the colours of a picture lie on one curve, a palette; a guess for few colours, False for equal channels."
+    "Whether the colours of a picture are those of a palette: sure if they are few, a guess if JPEG has blended them."
+    red, green, blue = (rgb[..., k].astype(np.int64) for k in range(3))
+    distinct = len(np.unique(red << 32 | green << 16 | blue))
+    if distinct <= 1024 and 16 * distinct <= red.size: return True
     size = 4 if min(rgb.shape[:2]) >= 64 else 1
     height, width = (n // size for n in rgb.shape[:2])
     blocks = rgb[:height * size, :width * size].reshape(height, size, width, size, 3).astype(np.float64)
     colours, rough = blocks.mean((1, 3)).reshape(-1, 3), blocks.var((1, 3)).sum(-1).ravel()
-    colours = colours[rough <= np.quantile(rough, 1/3)]
-    colours = np.unique(np.rint(4 * colours), axis=0) # of a flat background, one
+    colours = np.unique(np.rint(4 * colours[rough <= np.quantile(rough, 1/3)]), axis=0) # of a flat background, one
     luma = colours @ [.299, .587, .114]
     chroma = (colours[:, [0, 2]] - luma[:, None])[np.argsort(luma)]
     variance, steps = chroma.var(0).sum(), (np.diff(chroma, axis=0) ** 2).sum(-1)
-    return bool(variance > 1 and np.median(steps) / 2 < .01 * variance)
+    return bool(len(steps) and np.median(steps) / 2 < .01 * variance)
 
-# %% ../nbs/01_decoding.ipynb #cad4f25d
+# %% ../nbs/01_decoding.ipynb #d9491513
 MAXIMUM = 'MaxSampleValue' # the largest possible count: TIFF's name of tag 281, and ours for a text in PNG
 
 def bits_below(
@@ -78,7 +80,10 @@ def bits_below(
 
 def _png_bits(data: bytes, array: np.ndarray, text: dict[str, str]) -> dict[str, int]:
     "`bits` of a PNG's counts below the type's, or `sbit` where they are scaled to the whole type."
-    if bits := bits_below(text.pop(MAXIMUM, None), array.dtype): return {'bits': bits}
+    if bits := bits_below(text.get(MAXIMUM), array.dtype):
+        if array.max() >> bits: return {}
+        del text[MAXIMUM] # it has become the value range
+        return {'bits': bits}
     position = data.find(b'sBIT', 8, data.find(b'IDAT'))
     if position < 0 or array.dtype != np.uint16: return {}
     significant = set(data[position + 4:position + 4 + int.from_bytes(data[position - 4:position], 'big')])
@@ -87,7 +92,7 @@ def _png_bits(data: bytes, array: np.ndarray, text: dict[str, str]) -> dict[str,
     scaled = array.max() >> bits or not (array & (2 ** (16 - bits) - 1)).any()
     return {'sbit' if scaled else 'bits': bits}
 
-# %% ../nbs/01_decoding.ipynb #14714fac
+# %% ../nbs/01_decoding.ipynb #064f17c4
 # Without a handler of their own, tifffile's log records of damaged files would appear on stderr beside our sentence.
 logging.getLogger('tifffile').addHandler(logging.NullHandler())
 
