@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'describe']
 
-# %% ../nbs/48_preparation.ipynb #433320fc
+# %% ../nbs/48_preparation.ipynb #6247b349
 import json
 import re
 from pathlib import Path
@@ -17,10 +17,10 @@ from .datasets import DataError, degrade
 from .deduplication import sha256
 from .degradations import KERNELS
 from .images import ImageError, atomic_path, read_image, write_image, write_json
-from .planning import Planned, exclude, make_plan, read_rows, refuse, room, survey
+from .planning import Planned, ahead, exclude, make_plan, read_rows, refuse, room, survey
 from .recipes import SPLITS, Recipe
 
-# %% ../nbs/48_preparation.ipynb #335dc7f3
+# %% ../nbs/48_preparation.ipynb #1b216c7f
 def prepare(
     recipe: Recipe,
     out: str | Path,  # folder of the result
@@ -97,22 +97,25 @@ def _write_pairs(
     "Every pair that is not there yet; their rows of the manifest."
     made = {p.key: facts[p.origin]["made_from"] if facts else p.made_from() for p in plan}
     kept = {k: done[k] for k in made if k in done and done[k]["made_from"] == made[k] and _is_there(out, done[k])}
-    journal, rows, begun = out / "manifest.partial.jsonl", [], False
+    journal, begun = out / "manifest.partial.jsonl", False
     if done.keys() - made.keys():
         begun = _begin(out, journal, request, done, kept)
-    for planned in tqdm(plan, desc="write", unit="image", disable=None):
-        row = kept.get(planned.key)
-        if row is None:
-            begun = begun or _begin(out, journal, request, done, kept)
-            about = facts.get(planned.origin) or {"origin": planned.origin, "made_from": made[planned.key], "phash": ""}
-            try:
-                row = _write_pair(out, planned, about, request["kernel"], request["scale"])
-            except ImageError as error:  # the files have all been read, so this is the disk
-                raise DataError(f"{error}; {len(rows)} of {len(plan)} frames are done, run again and it goes on there") from None
-            with room(out), journal.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
-        rows.append(row)
-    return rows
+    pending = [p for p in plan if p.key not in kept]
+    if pending and not begun:
+        _begin(out, journal, request, done, kept)
+
+    def write(planned: Planned) -> dict[str, Any]:
+        about = facts.get(planned.origin) or {"origin": planned.origin, "made_from": made[planned.key], "phash": ""}
+        return _write_pair(out, planned, about, request["kernel"], request["scale"])
+
+    for planned, result in ahead(write, tqdm(pending, desc="write", unit="image", disable=None)):
+        try:
+            kept[planned.key] = result.result()
+        except ImageError as error:  # the files have all been read, so this is the disk
+            raise DataError(f"{error}; {len(kept)} of {len(plan)} frames are done, run again and it goes on there") from None
+        with room(out), journal.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(kept[planned.key]) + "\n")
+    return [kept[p.key] for p in plan]
 
 
 def _write_pair(out: Path, planned: Planned, about: dict[str, Any], kernel: str, scale: int) -> dict[str, Any]:
