@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALIDATION_SEED', 'Plan', 'Planned', 'make_plan', 'refuse', 'ahead', 'survey', 'room', 'read_rows', 'exclude']
 
-# %% ../nbs/47_planning.ipynb #d0b9f01d
+# %% ../nbs/47_planning.ipynb #95536e43
 import json
 import os
 import random
@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .images import ImageError, ThermalImage, find_images, read_image
 from .recipes import SPLITS, Fact, Recipe, deal_splits, recognize
 from .thermal_scenes import render_scene
 
-# %% ../nbs/47_planning.ipynb #2f53d0fd
+# %% ../nbs/47_planning.ipynb #8de12268
 VALIDATION_SEED = 1_000_000  # first seed of validation scenes: training seeds stay below
 
 
@@ -50,6 +50,10 @@ class Planned:
     def key(self) -> str:
         "What tells one pair from another."
         return f"{self.split}/{self.name}"
+
+    def as_file_of(self, dtype: str) -> "Planned":
+        "The same with a name whose format holds the pixels: temperatures go into TIFF, whatever they came in."
+        return replace(self, name=f"{self.name[:-4]}.tif") if dtype.startswith("float") and self.name.endswith(".png") else self
 
     def made_from(self) -> str:
         "SHA-256 of its files, or the version that renders the scene: another one, another pair; '' if unreadable."
@@ -178,7 +182,7 @@ def refuse(
     "Raise one error that names them all."
     raise DataError(f"{len(offenders)} images cannot be used:\n  " + "\n  ".join(offenders))
 
-# %% ../nbs/47_planning.ipynb #44292c40
+# %% ../nbs/47_planning.ipynb #6666c356
 def _look(planned: Planned, made_from: str, scale: int) -> dict[str, Any]:
     "What is to be known of a frame; raises `ImageError` or `DataError` where it cannot be used."
     image = planned.read()
@@ -195,8 +199,11 @@ def _look(planned: Planned, made_from: str, scale: int) -> dict[str, Any]:
     phash = perceptual_hash(image.pixels)
     return {
         "origin": planned.origin, "made_from": made_from, "source_width": width, "source_height": height,
-        "bits": 8 * image.dtype.itemsize, "phash": phash,
+        "bits": 8 * image.dtype.itemsize, "dtype": image.dtype.name, "phash": phash,
     }
+
+
+_FACTS = ("origin", "made_from", "source_width", "source_height", "bits", "dtype", "phash")
 
 
 def ahead(
@@ -246,7 +253,7 @@ def survey(
                 out.mkdir(parents=True, exist_ok=True)
                 with journal.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(row) + "\n")
-        facts[planned.origin] = {k: row[k] for k in ("origin", "made_from", "source_width", "source_height", "bits", "phash")}
+        facts[planned.origin] = {k: row[k] for k in _FACTS}
     if bad:
         journal.unlink(missing_ok=True)
         if new and out.is_dir():

@@ -495,6 +495,24 @@ def test_own_low_resolution(tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+def test_temperatures_go_into_tiff(tmp_path, monkeypatch):
+    """A file that a reader turns into kelvin, such as a radiometric JPEG, does not end in a PNG."""
+    for n in range(3):
+        save(tmp_path / "in" / f"{n}.jpg", pixels(n))
+
+    def radiometric(path: Path) -> ThermalImage:
+        return ThermalImage.from_native(read_image(path).native().astype(np.float32) / 4 + 280)
+
+    monkeypatch.setattr("difiisr_dwt.planning.read_image", radiometric)
+    recipe = read_recipe(DATA_PREP / "folder.yaml")
+    manifest = prepare(recipe, tmp_path / "out", tmp_path / "in", validation=1)
+    assert {Path(f["name"]).suffix for f in manifest["files"]} == {".tif"} and {f["dtype"] for f in manifest["files"]} == {"float32"}
+    first = manifest["files"][0]
+    kelvin = radiometric(tmp_path / "in" / first["origin"]).native()
+    assert np.array_equal(read_image(tmp_path / "out" / first["file"]).native(), kelvin)
+    assert prepare(recipe, tmp_path / "out", tmp_path / "in", validation=1) == manifest
+
+
 def halves(folder: Path) -> list[str]:
     """Files that are no whole image or JSON, and what a kill or a full disk leaves."""
     bad = [str(p) for p in folder.rglob(".*")]
