@@ -6,8 +6,10 @@
 __all__ = ['UNKNOWN', 'SPLITS', 'KINDS', 'Fact', 'Part', 'Layout', 'Deal', 'Recipe', 'read_recipe', 'find_recipe', 'SourceFrame',
            'recognize', 'deal_splits']
 
-# %% ../nbs/43_recipes.ipynb #f37de6df
+# %% ../nbs/43_recipes.ipynb #101d18bb
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,7 +21,7 @@ import yaml
 from .configuration import configure, unknown_key_message
 from .datasets import DataError
 
-# %% ../nbs/43_recipes.ipynb #35e8bfd1
+# %% ../nbs/43_recipes.ipynb #40a2e3a6
 UNKNOWN = "unknown"  # what could not be verified stands so in a recipe
 SPLITS = ("train", "val", "test")
 KINDS = ("scenes", "folder", "tree")  # procedural; images on disk; a public set in its own layout
@@ -58,11 +60,12 @@ class Deal:
     "How the frames of some published splits are dealt anew."
 
     pool: tuple[str, ...]  # published splits whose frames are dealt
-    val: float  # share of the sequences, or of the frames of each sequence
+    val: float  # share of the frames: of all, or by number of each sequence
     test: float = 0.0
     by: str = "sequence"  # or 'number': the last block of each sequence
     gap: int = 0  # by number: frames nearer than this to a block of another split are left out
     why: str = ""
+    hold_out: tuple[str, ...] = ()  # by number: names without suffix that are test frames to others, and so to us
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 def _pattern(recipe: Recipe) -> re.Pattern:
     return re.compile(recipe.sequence.value if isinstance(recipe.sequence, Fact) else "(?!)")
 
-# %% ../nbs/43_recipes.ipynb #5c956240
+# %% ../nbs/43_recipes.ipynb #e2e400aa
 def find_recipe(
     name: str | Path,  # such as 'llvip', or a YAML file of one's own
 ) -> Path:
@@ -155,7 +158,7 @@ def find_recipe(
         raise DataError(f"recipe {str(name)!r}: no recipes here; the installed package has none, a clone of the repository has")
     raise DataError(unknown_key_message(str(name), known, what="recipe") + f"; there are {', '.join(sorted(known))}, or name a YAML file")
 
-# %% ../nbs/43_recipes.ipynb #06f8a7cc
+# %% ../nbs/43_recipes.ipynb #e3198f0a
 @dataclass(frozen=True)
 class SourceFrame:
     "A frame of a set on disk."
@@ -239,7 +242,7 @@ def _frames(recipe: Recipe, source: Path, root: Path, found: dict[Part, list[Pat
         )
     return sorted(frames.values(), key=lambda f: (SPLITS.index(f.split), f.origin))
 
-# %% ../nbs/43_recipes.ipynb #ce537751
+# %% ../nbs/43_recipes.ipynb #65c871cf
 def deal_splits(
     frames: Sequence[SourceFrame],  # in their published splits
     deal: Deal,
@@ -257,36 +260,46 @@ def deal_splits(
     return sorted(dealt + rest, key=lambda f: (SPLITS.index(f.split), f.origin)), left_out
 
 
-def _spread(names: list[str], share: float) -> set[str]:
-    "An evenly spread share of names, at least one of more than one."
-    number = max(1, round(share * len(names))) if share and len(names) > 1 else 0
-    return {names[(2 * i + 1) * len(names) // (2 * number)] for i in range(number)}
+def _some(sizes: dict[str, int], target: float) -> set[str]:
+    "Sequences with about `target` frames together, at least one if there are two; in an order that other names do not change."
+    if not target or len(sizes) < 2:
+        return set()
+    chosen, total = set(), 0
+    names = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name in names:
+        if total + sizes[name] / 2 <= target:
+            chosen.add(name)
+            total += sizes[name]
+    return chosen or {min(names, key=lambda name: sizes[name])}
 
 
 def _by_sequence(pool: list[SourceFrame], deal: Deal) -> tuple[list[SourceFrame], dict[str, str]]:
-    names = sorted({f.sequence for f in pool})
-    test = _spread(names, deal.test)
-    val = _spread([n for n in names if n not in test], deal.val * len(names) / max(1, len(names) - len(test)))
+    sizes = Counter(f.sequence for f in pool)
+    test = _some(sizes, deal.test * len(pool))
+    val = _some({name: n for name, n in sizes.items() if name not in test}, deal.val * len(pool))
     return [replace(f, split="test" if f.sequence in test else "val" if f.sequence in val else "train") for f in pool], {}
 
 
 def _by_number(pool: list[SourceFrame], deal: Deal) -> tuple[list[SourceFrame], dict[str, str]]:
-    dealt, left_out = [], {}
     def order(frame: SourceFrame) -> tuple[str, int, str, str]:
         is_number = isinstance(frame.number, int)
         return frame.sequence, frame.number if is_number else -1, "" if is_number else str(frame.number), frame.origin
+
+    dealt, left_out = [], {}
     for _, group in groupby(sorted(pool, key=order), key=lambda f: f.sequence):
-        block = list(group)
-        n = len(block)
+        video = list(group)
+        places = [f.number if isinstance(f.number, int) else i for i, f in enumerate(video)]
+        held = [i for i, f in enumerate(video) if f.path.stem in deal.hold_out]
+        n = len(video)
         test, val = (round(share * n) for share in (deal.test, deal.val))
+        splits = ["test" if i >= n - test or i in held else "val" if i >= n - test - val else "train" for i in range(n)]
+        # what comes nearer than the gap: the block that follows, or a frame held out
         starts = [s for s, size in ((n - test - val, val), (n - test, test)) if size]
-        for i, frame in enumerate(block):
-            following = next((s for s in starts if s > i), None)
-            if following is not None:
-                numbers = block[following].number, frame.number
-                distance = numbers[0] - numbers[1] if all(isinstance(k, int) for k in numbers) else following - i
-                if distance < deal.gap:
-                    left_out[frame.origin] = f"{distance} before {block[following].origin} of another split, less than {deal.gap}"
-                    continue
-            dealt.append(replace(frame, split="test" if i >= n - test else "val" if i >= n - test - val else "train"))
+        for i, frame in enumerate(video):
+            others = [*[s for s in starts if i < s][:1], *(h for h in held if h != i)]
+            distance, other = min(((abs(places[s] - places[i]), s) for s in others), default=(deal.gap, i))
+            if distance < deal.gap and splits[i] != splits[other] and i not in held:
+                left_out[frame.origin] = f"{distance} from {video[other].origin} of another split, less than {deal.gap}"
+            else:
+                dealt.append(replace(frame, split=splits[i]))
     return dealt, left_out
