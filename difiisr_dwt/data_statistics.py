@@ -6,7 +6,7 @@
 __all__ = ['FREQUENCIES', 'VALUES', 'FrameFacts', 'radial_spectrum', 'noise_level', 'look_at', 'look_through', 'summarize',
            'Twin', 'find_twins', 'kernel_differences']
 
-# %% ../nbs/46_data_statistics.ipynb #4986b451
+# %% ../nbs/46_data_statistics.ipynb #cd297107
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .degradations import KERNELS
 from .images import ImageError, ThermalImage, level, normalize, robust_range
 from .pairs import Pair, degrade, find_frames
 
-# %% ../nbs/46_data_statistics.ipynb #971b8dea
+# %% ../nbs/46_data_statistics.ipynb #23293222
 FREQUENCIES = (np.arange(32) + 0.5) / 64  # cycles per pixel, of `FrameFacts.spectrum`
 VALUES = np.linspace(-1.6, 1.6, 65)  # edges of `FrameFacts.histogram`; -1 and 1 are the robust range
 
@@ -54,7 +54,7 @@ class FrameFacts:
 def radial_spectrum(
     x: np.ndarray,  # [H, W], finite
     side: int = 256,  # pixels of the middle that are looked at, at most
-) -> np.ndarray:  # [32], mean power at `FREQUENCIES`
+) -> np.ndarray:  # [32], mean power at `FREQUENCIES`; NaN where a small picture has none of these
     "Power spectrum over rings of equal radius; white noise of deviation σ gives σ² everywhere."
     n = min(side, *x.shape)
     top, left = ((m - n) // 2 for m in x.shape)
@@ -63,10 +63,10 @@ def radial_spectrum(
     power = np.abs(np.fft.fft2((x - np.average(x, weights=window)) * window)) ** 2 / (window**2).sum()
     frequency = np.fft.fftfreq(n)
     ring = np.hypot(frequency[:, None], frequency) * 2 * len(FREQUENCIES)
-    inside = ring < len(FREQUENCIES)
+    inside = (ring < len(FREQUENCIES)) & (ring > 0)  # without the mean
     ring = ring[inside].astype(int)
     counts = np.bincount(ring, minlength=len(FREQUENCIES))
-    return np.bincount(ring, power[inside], len(FREQUENCIES)) / np.maximum(counts, 1)
+    return np.where(counts > 0, np.bincount(ring, power[inside], len(FREQUENCIES)) / np.maximum(counts, 1), np.nan)
 
 
 def noise_level(
@@ -96,7 +96,7 @@ def look_at(
         noise_level(x) * 255 / 2, histogram, radial_spectrum(x), perceptual_hash(frame.pixels),
     )
 
-# %% ../nbs/46_data_statistics.ipynb #de79efd2
+# %% ../nbs/46_data_statistics.ipynb #18a96195
 def look_through(
     source: str | Path,  # see `pairs.find_frames`
     limit: int = 0,  # at most so many frames, evenly spread; 0 for all
@@ -139,7 +139,7 @@ def _most_common(counts: Counter, number: int = 3) -> str:
     words = [f"{what} ({n})" for what, n in counts.most_common(number)]
     return ", ".join(words) + (f", {len(counts) - number} others" if len(counts) > number else "")
 
-# %% ../nbs/46_data_statistics.ipynb #6826f4b1
+# %% ../nbs/46_data_statistics.ipynb #5dea6173
 @dataclass(frozen=True)
 class Twin:
     "Two frames that look alike."
@@ -160,7 +160,7 @@ def find_twins(
     distance, index = nearest(hash_words(f.phash for f in frames), hash_words(f.phash for f in others), most)
     return [Twin(f, others[j], int(bits)) for f, bits, j in zip(frames, distance, index, strict=True) if bits <= BITS]
 
-# %% ../nbs/46_data_statistics.ipynb #87d0e362
+# %% ../nbs/46_data_statistics.ipynb #6a93e2c2
 def kernel_differences(
     pairs: Iterable[Pair],
     scale: int = 4,
