@@ -1,4 +1,5 @@
 """The loader against real processes and bad data: caches, workers, resumption, shares, and a list of every offender."""
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import papermill
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ from difiisr_dwt.images import ThermalImage, find_images, read_image, shared_dat
 from difiisr_dwt.pairs import CHAINS, Chain, DataError, degrade, find_frames, read_pairs
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.training import TrainConfig, initial_state, training_step
+
+STAGE = Path(__file__).resolve().parents[1] / "nbs" / "stages" / "data_report.ipynb"
 
 
 def frame(seed: int, size: tuple[int, int] = (64, 80), dtype: str = "uint8") -> ThermalImage:
@@ -341,6 +345,32 @@ def test_wrong_options(options, message):
     """One sentence each."""
     with pytest.raises(DataError, match=message):
         PairDataset(["scenes:1"], **options)
+
+
+def test_data_report_finds_what_is_wrong(tmp_path):
+    """A torn file, a leak under another gain, LR of an unsuspected kernel, frames below the crop: all in the report, no path of this machine."""
+    train = folder_of(tmp_path / "set" / "train", range(6), lr="box", size=(128, 144))
+    val = folder_of(tmp_path / "set" / "val", range(20, 23), size=(128, 128))
+    write_image(val / "leak.png", ThermalImage.from_native((30 + frame(3, (128, 144)).native() * 0.6).astype(np.uint8)))
+    write_image(val / "small.png", frame(40, (64, 64)))
+    (val / "torn.png").write_bytes((val / "20.png").read_bytes()[:500])
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    parameters = {"run_dir": str(run_dir), "train": [str(train)], "validation": [str(val)], "crop": 96, "pictures": ["set/"]}
+    papermill.execute_notebook(STAGE, run_dir / "notebook.ipynb", parameters, kernel_name="python3", progress_bar=False, log_output=False)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    tables = {t["title"]: t["rows"] for t in metrics["tables"]}
+    assert not metrics["verdict"]["passed"] and "cannot be used: 1 of the frames; in two splits: 1" in metrics["verdict"]["text"]
+    assert [row[:5:2] for row in tables["Sources"]] == [["set/train", 6, "uint8, 8 bits used"], ["set/val", 5, "uint8, 8 bits used"]]
+    assert metrics["summary"]["below 96×96"] == 1
+    [[source, *differences]] = tables["Given LR: grey levels (RMS) from each kernel's"]
+    assert source == "set/train" and differences[list(KERNELS).index("box")] == 0 < min(d for d in differences if d)
+    [[a, leak, b, other, bits]] = tables["In two splits"]
+    assert (a, leak, b, other) == ("set/val", "leak", "set/train", "3") and bits <= 24
+    [[source, why]] = tables["Cannot be used"]
+    assert source == "set/val" and "torn.png" in why and str(tmp_path) not in (run_dir / "metrics.json").read_text()
+    assert {f["file"] for f in metrics["figures"]} == {f"figures/{p.name}" for p in (run_dir / "figures").iterdir()}
+    assert len(metrics["figures"]) == 5
 
 
 # ---- costs
