@@ -6,7 +6,7 @@
 __all__ = ['Item', 'MONTH', 'CacheError', 'write_frames', 'FrameFile', 'cache_folder', 'file_marks', 'source_hash',
            'cached_frames']
 
-# %% ../nbs/37_cache.ipynb #f2c0432b
+# %% ../nbs/37_cache.ipynb #6e1e8870
 import contextlib
 import hashlib
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from .images import atomic_path
 
-# %% ../nbs/37_cache.ipynb #3f247fd8
+# %% ../nbs/37_cache.ipynb #967d3c49
 Item = tuple[np.ndarray, dict[str, Any]]  # an array, and what JSON can hold about it
 
 _END = b"DIFIISR1"
@@ -76,7 +76,7 @@ class FrameFile(Sequence[Item]):
     def __reduce__(self) -> tuple:
         return FrameFile, (self.path,)
 
-# %% ../nbs/37_cache.ipynb #18f2b112
+# %% ../nbs/37_cache.ipynb #acf4ae8d
 MONTH = 30 * 86400  # s
 
 

@@ -6,7 +6,7 @@
 __all__ = ['FREQUENCIES', 'VALUES', 'FrameFacts', 'radial_spectrum', 'noise_level', 'look_at', 'look_through', 'summarize',
            'Twin', 'find_twins', 'kernel_differences']
 
-# %% ../nbs/46_data_statistics.ipynb #cd297107
+# %% ../nbs/46_data_statistics.ipynb #964e12b8
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .degradations import KERNELS
 from .images import ImageError, ThermalImage, level, normalize, robust_range
 from .pairs import Pair, degrade, find_frames
 
-# %% ../nbs/46_data_statistics.ipynb #23293222
+# %% ../nbs/46_data_statistics.ipynb #2b17a4fe
 FREQUENCIES = (np.arange(32) + 0.5) / 64  # cycles per pixel, of `FrameFacts.spectrum`
 VALUES = np.linspace(-1.6, 1.6, 65)  # edges of `FrameFacts.histogram`; -1 and 1 are the robust range
 
@@ -96,7 +96,7 @@ def look_at(
         noise_level(x) * 255 / 2, histogram, radial_spectrum(x), perceptual_hash(frame.pixels),
     )
 
-# %% ../nbs/46_data_statistics.ipynb #18a96195
+# %% ../nbs/46_data_statistics.ipynb #1c7d716c
 def look_through(
     source: str | Path,  # see `pairs.find_frames`
     limit: int = 0,  # at most so many frames, evenly spread; 0 for all
@@ -139,7 +139,7 @@ def _most_common(counts: Counter, number: int = 3) -> str:
     words = [f"{what} ({n})" for what, n in counts.most_common(number)]
     return ", ".join(words) + (f", {len(counts) - number} others" if len(counts) > number else "")
 
-# %% ../nbs/46_data_statistics.ipynb #5dea6173
+# %% ../nbs/46_data_statistics.ipynb #12457549
 @dataclass(frozen=True)
 class Twin:
     "Two frames that look alike."
@@ -160,7 +160,7 @@ def find_twins(
     distance, index = nearest(hash_words(f.phash for f in frames), hash_words(f.phash for f in others), most)
     return [Twin(f, others[j], int(bits)) for f, bits, j in zip(frames, distance, index, strict=True) if bits <= BITS]
 
-# %% ../nbs/46_data_statistics.ipynb #6a93e2c2
+# %% ../nbs/46_data_statistics.ipynb #72fa85f3
 def kernel_differences(
     pairs: Iterable[Pair],
     scale: int = 4,

@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'CONTEXT', 'interleave', 'PairDataset', 'upsample_crop', 'batches', 'DataError', 'Pair', 'degrade',
            'read_pairs']
 
-# %% ../nbs/41_datasets.ipynb #fdbd4fdf
+# %% ../nbs/41_datasets.ipynb #fdb53c2c
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,10 @@ from .degradations import KERNELS, upsample
 from .images import ImageError, normalize
 from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, check_kernels, degrade, find_frames, read_pairs, refuse
 
-# %% ../nbs/41_datasets.ipynb #8dc821dc
+# %% ../nbs/41_datasets.ipynb #6c1c01f0
 _all_ = ["DataError", "Pair", "degrade", "read_pairs"]  # of whole frames, for those who train and prepare
 
-# %% ../nbs/41_datasets.ipynb #5db03861
+# %% ../nbs/41_datasets.ipynb #9582d374
 def interleave(
     i: int,  # number of a sample
     shares: Sequence[Fraction],  # of each source, sum 1
@@ -41,7 +41,7 @@ def interleave(
         i, rest = i - before, rest - share
     return len(shares) - 1, i
 
-# %% ../nbs/41_datasets.ipynb #59b62d32
+# %% ../nbs/41_datasets.ipynb #5b42da3d
 MARGIN = 2  # LR pixels that a bicubic kernel sees beyond a crop
 CONTEXT = 2  # LR pixels more, for the blur of a chain
 _FORMAT = 1  # of what is cached; another number, other files
@@ -195,7 +195,7 @@ def _shares(weights: Sequence[float], sources: int) -> list[Fraction]:
         return [Fraction(1)]
     if len(weights) != sources or not all(math.isfinite(w) and w > 0 for w in weights):
         raise DataError(f"weights {list(weights)}: give one positive number for each of the {sources} sources")
-    exact = [Fraction(w).limit_denominator(10**6) for w in weights]
+    exact = [Fraction(repr(float(w))) for w in weights]  # 0.1 is a tenth
     return [w / sum(exact) for w in exact]
 
 

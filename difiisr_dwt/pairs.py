@@ -6,7 +6,7 @@
 __all__ = ['CHAINS', 'DEGRADATIONS', 'DataError', 'refuse', 'Pair', 'Chain', 'check_kernels', 'degrade', 'Frame', 'find_frames',
            'read_pairs']
 
-# %% ../nbs/38_pairs.ipynb #3991e154
+# %% ../nbs/38_pairs.ipynb #a8f3ff87
 import json
 import re
 import zlib
@@ -25,7 +25,7 @@ from .real_esrgan import degrade_real_esrgan
 from .sensor import SensorConfig, degrade_sensor
 from .thermal_scenes import render_scene
 
-# %% ../nbs/38_pairs.ipynb #bc6216a4
+# %% ../nbs/38_pairs.ipynb #a901e30a
 class DataError(ValueError):
     "Training or test data that cannot be used; the message is one sentence for the user."
 
@@ -61,7 +61,7 @@ class Pair:
         "The same in native values."
         return _native(self.hr, self.value_range)
 
-# %% ../nbs/38_pairs.ipynb #4b26f6de
+# %% ../nbs/38_pairs.ipynb #884fe23f
 @dataclass(frozen=True)
 class Chain:
     "A degradation that is drawn anew for each picture."
@@ -161,7 +161,7 @@ def degrade(
         lr = downsample(torch.from_numpy(hr.pixels)[None, None], kernel, scale, levels=round(1 / level(hr)) if integer else None)[0]
     return hr, replace(hr, pixels=lr[0].numpy().astype(np.float32))
 
-# %% ../nbs/38_pairs.ipynb #d2e916d2
+# %% ../nbs/38_pairs.ipynb #8ed73cbb
 @dataclass(frozen=True)
 class Frame:
     "A frame of a source that has not been read yet."
