@@ -16,11 +16,14 @@ from .codecs import LatentSpace
 def latent_mse(
     prediction: Tensor,  # x0 as predicted, [B, C, h, w]
     x0: Tensor,  # whitened latent, same shape
-    weights: Tensor | None = None,  # [C], one per band; ones where None
+    band_weights: Tensor | None = None,  # [C], one per band, not all zero; equal where None
 ) -> Tensor:  # scalar
-    "Mean squared error of the latent, of equal weight per whitened band (arXiv 2307.12348, equation 8, without its step weights)."
+    "Mean squared error of the latent, weighted by band: Σ w·e² / Σ w (arXiv 2307.12348, equation 8, without its step weights)."
     error = (prediction - x0).square()
-    return (error if weights is None else error * weights.to(error)[:, None, None]).mean()
+    if band_weights is None:
+        return error.mean()
+    weights = band_weights.to(error)
+    return (error.mean((0, 2, 3)) * weights).sum() / weights.sum()
 
 # %% ../nbs/32_losses.ipynb #941bd930
 def decoded_loss(
