@@ -11,7 +11,16 @@ from torch import nn
 from difiisr_dwt import guidance as g
 from difiisr_dwt.codecs import CODECS, LatentSpace, make_codec
 from difiisr_dwt.degradations import downsample, upsample
-from difiisr_dwt.losses import charbonnier, edge_loss, feature_loss, kl_weights, latent_mse, sobel, spectrum_loss, thermal_spectrum
+from difiisr_dwt.losses import (
+    charbonnier,
+    edge_loss,
+    feature_loss,
+    kl_weights,
+    latent_mse,
+    sobel,
+    spectrum_loss,
+    thermal_spectrum,
+)
 from difiisr_dwt.sampling import sample_ancestral, sample_ddim
 from difiisr_dwt.schedule import ResShiftSchedule
 
