@@ -10,8 +10,8 @@ from torch import nn
 
 from difiisr_dwt import guidance as g
 from difiisr_dwt.codecs import CODECS, make_codec
-from difiisr_dwt.latent_space import LatentSpace
 from difiisr_dwt.degradations import downsample, upsample
+from difiisr_dwt.latent_space import LatentSpace
 from difiisr_dwt.losses import (
     charbonnier,
     edge_loss,
