@@ -149,7 +149,7 @@ class SuperResolver:
     def _restore(self, lr: Tensor, steps: int, seed: int, sampler: str, tile: int, callback: Callable | None) -> np.ndarray:
         "Normalized LR [1, 1, h, w] to normalized SR float32 [scale·h, scale·w], tile by tile."
         height, width = lr.shape[-2:]
-        stride = self.model.latent_space.codec.factor * 2 ** (len(self.model.network.channels) - 1) # of the coarsest features
+        stride = self.model.stride
         multiple = stride // math.gcd(stride, self.scale)
         side = tile // multiple * multiple or multiple * math.ceil(max(height, width, 4 * OVERLAP) / multiple)
         tiles = split(height, width, side, OVERLAP, multiple, self.scale)
@@ -166,10 +166,10 @@ class SuperResolver:
 
     def _noise_sampler(self, seed: int, part: Tile) -> Callable[[], Tensor]:
         "What lies under a tile, of one field after another."
-        codec, draws = self.model.latent_space.codec, count()
-        top, left = (n * self.scale // codec.factor for n in (part.top, part.left))
-        height, width = (math.ceil(n * self.scale / codec.factor) for n in (part.height, part.width))
-        return lambda: noise_crop(seed, next(draws), codec.channels, top, left, height, width).to(self.device)
+        factor, channels, draws = self.model.factor, self.model.noise_channels, count()
+        top, left = (n * self.scale // factor for n in (part.top, part.left))
+        height, width = (math.ceil(n * self.scale / factor) for n in (part.height, part.width))
+        return lambda: noise_crop(seed, next(draws), channels, top, left, height, width).to(self.device)
 
     def _upsampled(self, lr: Tensor, part: Tile) -> Tensor:
         "The part of `upsample(lr)` under a tile, from the pixels that it depends on."

@@ -90,6 +90,8 @@ def _fit(value: Any, default: Any, where: str, source: str) -> Any:
         raise ExperimentError(f"{source}: parameter {where!r} holds {value!r}, no plain value; quote it") from None
     if value is None or default is None or type(value) is type(default):
         return value
+    if isinstance(default, str) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value  # several of what may be one
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (value, default))
     if numbers and (isinstance(default, float) or value == value // 1):
         return type(default)(value)
