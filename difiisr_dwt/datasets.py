@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'CONTEXT', 'interleave', 'PairDataset', 'upsample_crop', 'batches', 'DataError', 'Pair', 'degrade',
            'read_pairs']
 
-# %% ../nbs/41_datasets.ipynb #fdb53c2c
+# %% ../nbs/41_datasets.ipynb #6bb7fb82
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import Item, cache_folder, cached_frames, file_marks, source_hash
-from .degradations import KERNELS, upsample
+from .degradations import upsample
 from .images import ImageError, normalize
 from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, check_kernels, degrade, find_frames, read_pairs, refuse
 
-# %% ../nbs/41_datasets.ipynb #6c1c01f0
+# %% ../nbs/41_datasets.ipynb #501208b4
 _all_ = ["DataError", "Pair", "degrade", "read_pairs"]  # of whole frames, for those who train and prepare
 
-# %% ../nbs/41_datasets.ipynb #9582d374
+# %% ../nbs/41_datasets.ipynb #735450bf
 def interleave(
     i: int,  # number of a sample
     shares: Sequence[Fraction],  # of each source, sum 1
@@ -41,32 +41,37 @@ def interleave(
         i, rest = i - before, rest - share
     return len(shares) - 1, i
 
-# %% ../nbs/41_datasets.ipynb #5b42da3d
+# %% ../nbs/41_datasets.ipynb #24a603f9
 MARGIN = 2  # LR pixels that a bicubic kernel sees beyond a crop
 CONTEXT = 2  # LR pixels more, for the blur of a chain
 _FORMAT = 1  # of what is cached; another number, other files
 
 
-def _items(frames: Sequence[Frame], kernels: Sequence[str], scale: int) -> Iterator[Item]:
-    "HR of each frame and its LR by each kernel, in native values; at the end refuses what could not be used."
+def _items(frames: Sequence[Frame], kinds: Sequence[str], scale: int) -> Iterator[dict[str, Item]]:
+    """`hr` of each frame, its LR by each kernel, in native values, and what each chain needs to know of it.
+
+    At the end refuses what could not be used.
+    """
     offenders = []
-    stored = [name for name in kernels if name in KERNELS]
     for frame in frames:
         try:
             hr = frame.read()
             if masked := int((~np.isfinite(hr.pixels)).sum()):
                 raise DataError(f"{frame.place} has {masked} masked pixels (NaN), which no network can learn from")
-            if frame.lr:
-                pairs = [Pair(frame.name, hr, frame.read_lr(hr, scale))]
-            else:  # the range of a chain's LR is taken from a kernel's: noise and compression hardly change it
-                pairs = [Pair(frame.name, *degrade(hr, name, scale), name) for name in stored or ("bicubic",)]
-            seen = {name: CHAINS[name].seen(hr) for name in kernels if name in CHAINS}
+            items = {}
+            for kind in kinds:
+                if kind == "hr":
+                    items[kind] = hr.native(), {"name": frame.name}
+                elif kind in CHAINS:  # the range of a chain's LR is a kernel's: noise and compression hardly change it
+                    value_range = Pair(frame.name, *degrade(hr, "bicubic", scale)).native_range
+                    items[kind] = np.empty(0, np.uint8), {"range": value_range, "chain": CHAINS[kind].seen(hr)}
+                else:
+                    pair = Pair(frame.name, hr, frame.read_lr(hr, scale)) if frame.lr else Pair(frame.name, *degrade(hr, kind, scale))
+                    items[kind] = pair.lr.native(), {"range": pair.native_range}
         except (ImageError, DataError) as error:
             offenders.append(str(error) if frame.place in str(error) else f"{frame.place}: {error}")
             continue
-        yield hr.native(), {"name": frame.name, "range": pairs[0].native_range} | seen
-        for pair in pairs if stored else ():
-            yield pair.lr.native(), {"range": pair.native_range}
+        yield items
     refuse(offenders)
 
 
@@ -105,10 +110,8 @@ class PairDataset(Dataset):
         self.kernels, self.scale, self.crop, self.seed, self.augment = check_kernels(kernel), scale, crop, seed, augment
         self.length, self.brightness, self.contrast = length, brightness, contrast
         self.shares = _shares(weights, len(sources))
-        self.made = [k for k in DEGRADATIONS if k in self.kernels]
-        self.stored = [k for k in self.made if k in KERNELS]  # whose LR is made once, of whole frames
-        self.items: list[Sequence[Item]] = []  # of each source: HR, its LR by each stored kernel, the next HR …
-        self.groups: list[list[tuple[int, int]]] = []  # what is drawn evenly: source and first item of each frame
+        self.items: list[dict[str, Sequence[Item]]] = []  # of each source: by kind, one per frame, see `_items`
+        self.groups: list[list[tuple[int, int]]] = []  # what is drawn evenly: number of the source, and of the frame in it
         offenders: list[str] = []
         for source in sources:
             try:
@@ -123,11 +126,12 @@ class PairDataset(Dataset):
     def _add(self, source: str | Path, folder: Path | None) -> None:
         "Read one source, or map what was read of it before."
         found = find_frames(source, self.kernels, self.scale)
-        files = [file for frame in found for file in (frame.hr, frame.lr) if isinstance(file, Path)]
-        own = found[0].lr is not None
-        key = (_FORMAT, source_hash(degrade), file_marks(files) if files else str(source), own, self.made, self.scale)
-        items = cached_frames(folder, key, lambda: _items(found, self.made, self.scale))
-        frames = [i for i in range(0, len(items), 1 + len(self.stored)) if min(items[i][0].shape) >= self.crop]
+        made = [kernel for kernel in DEGRADATIONS if kernel in self.kernels]
+        hr, lr = ([getattr(f, part) for f in found if isinstance(getattr(f, part), Path)] for part in ("hr", "lr"))
+        key = (_FORMAT, source_hash(degrade), file_marks(hr) if hr else str(source))
+        keys = {"hr": key} | {kernel: (*key, self.scale, file_marks(lr) if lr else kernel) for kernel in made}
+        items = cached_frames(folder, keys, lambda kinds: _items(found, kinds, self.scale))
+        frames = [i for i, (array, _) in enumerate(items["hr"]) if min(array.shape) >= self.crop]
         if not frames:
             raise DataError(f"{source}: no image of at least {self.crop}×{self.crop} pixels; choose a smaller crop")
         self.groups.append([(len(self.items), i) for i in frames])
@@ -143,7 +147,7 @@ class PairDataset(Dataset):
         return self.length
 
     def frame_of(self, i: int) -> tuple[int, int]:
-        "The source of sample i, and the number of the frame's first item in it."
+        "The number of the source of sample i, and of its frame in it."
         group, number = interleave(i, self.shares)
         frames = self.groups[group]
         epoch, position = divmod(number, len(frames))
@@ -152,17 +156,17 @@ class PairDataset(Dataset):
         return frames[self._orders[group][1][position]]
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        source, first = self.frame_of(i)
-        kernel = self.kernels[int(self._draw(i, 2).integers(len(self.kernels)))]
-        (hr, info), scale, size, random = self.items[source][first], self.scale, self.crop // self.scale, self._draw(i, 1)
+        source, frame = self.frame_of(i)
+        items, kernel = self.items[source], self.kernels[int(self._draw(i, 2).integers(len(self.kernels)))]
+        (hr, _), (lr, info) = items["hr"][frame], items[kernel][frame]
+        scale, size, random = self.scale, self.crop // self.scale, self._draw(i, 1)
         row, column = (int(random.integers(0, n // scale - size + 1)) for n in hr.shape)
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
         if kernel in CHAINS:  # from the HR crop and its surroundings, turned before: a sensor's columns stay upright
             edge = scale * (MARGIN + CONTEXT)
             lr = _window(hr, row * scale - edge, column * scale - edge, self.crop + 2 * edge)
         else:
-            lr, lr_info = self.items[source][first + 1 + self.stored.index(kernel)]
-            lr, info = _window(lr, row - MARGIN, column - MARGIN, size + 2 * MARGIN), info | lr_info
+            lr = _window(lr, row - MARGIN, column - MARGIN, size + 2 * MARGIN)
         hr = hr[row * scale :, column * scale :][: self.crop, : self.crop]
         if self.augment:
             turns, flip = int(random.integers(4)), bool(random.integers(2))
@@ -170,7 +174,7 @@ class PairDataset(Dataset):
         hr, lr = (torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))[None] for a in (hr, lr))
         if kernel in CHAINS:
             seed = int(self._draw(i, 3).integers(2**63 - 1))
-            lr = CHAINS[kernel](lr, seed, scale, *info[kernel], (limits.min, limits.max) if limits else None)
+            lr = CHAINS[kernel](lr, seed, scale, *info["chain"], (limits.min, limits.max) if limits else None)
             lr = lr[:, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
         value_range = self._changed(info["range"], i)
         return {"hr": normalize(hr, value_range), "lr": normalize(lr, value_range), "kernel": torch.tensor(DEGRADATIONS.index(kernel))}

@@ -72,7 +72,7 @@ def test_two_processes_build_one_cache(tmp_path):
     results = [p.communicate() for p in processes]
     assert all(p.returncode == 0 for p in processes), results
     assert results[0][0] == results[1][0] != ""
-    assert [f.name.startswith(".") for f in cache.iterdir()] == [False]
+    assert [f.name.startswith(".") for f in cache.iterdir()] == [False, False]
     assert same(PairDataset([source], crop=32, cache=cache), PairDataset([source], crop=32))
 
 
@@ -89,7 +89,7 @@ def test_killed_while_building(tmp_path):
     assert leftovers
     for file in leftovers:
         os.utime(file, (0, 0))  # days later
-    assert len(PairDataset(["scenes:3"], cache=cache).items[0]) == 6
+    assert len(PairDataset(["scenes:3"], cache=cache).items[0]["hr"]) == 3
     assert not list(cache.glob(".*"))  # swept
 
 
@@ -100,26 +100,31 @@ def test_cache_follows_the_data(tmp_path):
     def check(**options: object) -> None:
         assert same(PairDataset([source], crop=32, cache=cache, **options), PairDataset([source], crop=32, **options))
 
+    def files() -> int:
+        return len(list(cache.iterdir()))
+
     check()
     check()
-    assert len(list(cache.iterdir())) == 1
-    write_image(source / "1.png", frame(77))
-    check()
-    write_image(source / "9.png", frame(9))
-    check()
-    (source / "0.png").unlink()
-    check()
-    check(kernel="box")
-    check(scale=2)
-    check(kernel=["box", "matlab"])
-    assert len(list(cache.iterdir())) == 7
+    assert files() == 2  # HR and LR
+    for change in (
+        lambda: write_image(source / "1.png", frame(77)),
+        lambda: write_image(source / "9.png", frame(9)),
+        lambda: (source / "0.png").unlink(),
+    ):
+        before = files()
+        change()
+        check()
+        assert files() == before + 2
+    for options, more in (({"kernel": "box"}, 1), ({"scale": 2}, 1), ({"kernel": ["box", "matlab", "sensor"]}, 2), ({"kernel": "sensor"}, 0)):
+        before = files()
+        check(**options)
+        assert files() == before + more  # frames are stored once, whatever is made of them
 
 
 def test_damaged_cache_is_built_again(tmp_path):
     """Truncated or of another kind: read again from the source, not from there."""
     PairDataset(["scenes:2"], cache=tmp_path)
-    [file] = tmp_path.iterdir()
-    for damage in (file.read_bytes()[:-5], b"", b"anything at all that is no cache"):
+    for file, damage in ((f, d) for f in list(tmp_path.iterdir()) for d in (f.read_bytes()[:-5], b"", b"anything at all that is no cache")):
         file.write_bytes(damage)
         with pytest.raises(CacheError, match="remove it"):
             FrameFile(file)
@@ -157,11 +162,11 @@ def test_where_caches_lie(tmp_path, monkeypatch):
 def test_old_caches_go(tmp_path):
     """What nobody opened for a month is removed when another is written; what is used stays."""
     for key in (1, 2):
-        cached_frames(tmp_path, key, lambda: [(np.zeros(3), {})])
+        cached_frames(tmp_path, {"hr": key}, lambda kinds: [{"hr": (np.zeros(3), {})}])
     old, used = sorted(tmp_path.iterdir())
     os.utime(old, (0, time.time() - 32 * 86400))
     os.utime(used, (0, time.time() - 20 * 86400))
-    cached_frames(tmp_path, 3, lambda: [(np.zeros(3), {})])
+    cached_frames(tmp_path, {"hr": 3}, lambda kinds: [{"hr": (np.zeros(3), {})}])
     assert not old.exists() and used.exists() and len(list(tmp_path.iterdir())) == 2
 
 
@@ -407,5 +412,6 @@ def test_real_frames_bit_exact():
         pytest.skip("the shared images are not on this machine")
     lr = {f.stem.removesuffix("x4"): read_image(f) for f in find_images([shared / "LR_bicubic_x4"])}
     data = PairDataset([shared / "HR"], "bicubic", crop=128)
-    for i in range(0, len(data.items[0]), 2):
-        assert np.array_equal(data.items[0][i + 1][0], lr[data.items[0][i][1]["name"]].native())
+    assert len(data.items[0]["hr"]) == len(lr)
+    for (_, info), (made, _) in zip(data.items[0]["hr"], data.items[0]["bicubic"], strict=True):
+        assert np.array_equal(made, lr[info["name"]].native())
