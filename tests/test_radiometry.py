@@ -164,6 +164,9 @@ def test_flir_that_is_not_radiometric_or_broken(tmp_path, flyr):
         path.write_bytes(broken)
         with pytest.raises(ImageError, match='export it as a float TIFF') as raised: read_image(path)
         assert raised.value.__context__ is None
+    endless = flir_jpeg(counts, Camera(), gray).replace(struct.pack('>III', 100, 64, 14), struct.pack('>III', 100, 64, 2**31))
+    path.write_bytes(endless)  # flyr would read two billion records
+    with pytest.raises(ImageError, match='export it as a float TIFF'): read_image(path)
     path.write_bytes(flir_jpeg(counts, Camera(), gray)[:-40])
     with pytest.raises(ImageError, match='truncated'): read_image(path)
 
