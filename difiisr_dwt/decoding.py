@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAXIMUM', 'is_colour_mapped', 'bits_below', 'format_of', 'decode']
 
-# %% ../nbs/01_decoding.ipynb #d6097f73
+# %% ../nbs/01_decoding.ipynb #4f13c89d
 import io
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 
 from .radiometry import ImageError, find_unit, flir_celsius, flir_records
 
-# %% ../nbs/01_decoding.ipynb #4efef4bd
+# %% ../nbs/01_decoding.ipynb #20de75c8
 _GRAY_LEVELS = {'JPEG': 8, 'lossless': 4} # by which the channels of a gray 8-bit image may differ
 
 def _single_channel(
@@ -66,7 +66,7 @@ def is_colour_mapped(
     variance, steps = chroma.var(0).sum(), (np.diff(chroma, axis=0) ** 2).sum(-1)
     return bool(len(steps) and np.median(steps) / 2 < .01 * variance)
 
-# %% ../nbs/01_decoding.ipynb #d9491513
+# %% ../nbs/01_decoding.ipynb #b82e151e
 MAXIMUM = 'MaxSampleValue' # the largest possible count: TIFF's name of tag 281, and ours for a text in PNG
 
 def bits_below(
@@ -92,7 +92,7 @@ def _png_bits(data: bytes, array: np.ndarray, text: dict[str, str]) -> dict[str,
     scaled = array.max() >> bits or not (array & (2 ** (16 - bits) - 1)).any()
     return {'sbit' if scaled else 'bits': bits}
 
-# %% ../nbs/01_decoding.ipynb #064f17c4
+# %% ../nbs/01_decoding.ipynb #5af50b6e
 # Without a handler of their own, tifffile's log records of damaged files would appear on stderr beside our sentence.
 logging.getLogger('tifffile').addHandler(logging.NullHandler())
 
@@ -129,7 +129,7 @@ def _decode_pillow(data: bytes, name: str) -> tuple[np.ndarray, dict[str, Any]]:
     with Image.open(io.BytesIO(data), formats=[name]) as picture:
         _check_size(*picture.size)
         orientation = picture.getexif().get(0x0112, 1)
-        if name == 'JPEG' and 1 in flir_records(data)[1]:
+        if name == 'JPEG' and {1, 32} <= flir_records(data)[1].keys(): # counts, and what makes them temperatures
             array, metadata = flir_celsius(data)
             return _upright(array, orientation), metadata
         if name == 'PNG' and data[24] == 16: # of several channels, Pillow would keep 8 of the 16 bits

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageError', 'flir_records', 'flir_celsius', 'unit_name', 'find_unit']
 
-# %% ../nbs/00_radiometry.ipynb #47426110
+# %% ../nbs/00_radiometry.ipynb #b7123352
 import io
 import re
 import warnings
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-# %% ../nbs/00_radiometry.ipynb #3e0a7741
+# %% ../nbs/00_radiometry.ipynb #1697cb8f
 class ImageError(ValueError):
     "An image that cannot be read or written: one sentence for the user, naming the file and what to do."
 
-# %% ../nbs/00_radiometry.ipynb #a460377d
+# %% ../nbs/00_radiometry.ipynb #64e5b67f
 def flir_records(
     data: bytes, # of a JPEG file
 ) -> tuple[bytes, dict[int, int]]: # the FFF container, and the offset in it of each record type (1: counts, 32: camera)
@@ -37,7 +37,7 @@ def flir_records(
 
 
 def flir_celsius(
-    data: bytes, # of a JPEG file in which `flir_records` found counts
+    data: bytes, # of a JPEG file in which `flir_records` found counts and camera
 ) -> tuple[np.ndarray, dict[str, Any]]: # °C, float32 [H, W], NaN where a count has no temperature; metadata
     "Temperatures of a FLIR radiometric JPEG by `flyr`; `ImageError` without flyr, and where it gives no temperatures."
     try: import flyr
@@ -46,7 +46,8 @@ def flir_celsius(
                          "pip install 'difiisr_dwt[flir]'") from None
     fff, records = flir_records(data)
     try:
-        if fff[records[1]:][:2] != b'\2\0': raise ValueError('not the byte order that flyr assumes')
+        if fff[records[1] + 1]: raise ValueError('big-endian, by the 2 that the record begins with; flyr does not look')
+        if 32 * int.from_bytes(fff[28:32], 'big') > len(fff): raise ValueError('more records than bytes; flyr reads them all')
         with np.errstate(all='ignore'), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             thermogram = flyr.unpack(io.BytesIO(data))
@@ -70,7 +71,7 @@ def _conditions(thermogram: Any) -> str:
         words.append(f"{key.replace('_', ' ')} temperature {camera[f'{key}_temperature'] - 273.15:.4g} °C")
     return '; '.join([*words, f"ir window transmission {camera['ir_window_transmission']:.4g}"])
 
-# %% ../nbs/00_radiometry.ipynb #bf2b4874
+# %% ../nbs/00_radiometry.ipynb #bd24fd06
 _UNITS = {'kelvin': 'kelvins?|(?:°|deg(?:rees?)? ?)?k', 'celsius': '(?:°|deg(?:rees?)? ?)?c(?:elsius)?|℃|centigrade'}
 
 def unit_name(

@@ -154,15 +154,19 @@ def test_without_flyr_a_sentence_says_what_to_install(tmp_path, monkeypatch):
 def test_flir_that_is_not_radiometric_or_broken(tmp_path, flyr):
     counts, gray = Camera().counts(kelvin_scene()), np.full((48, 64), 90, np.uint8)
     path = tmp_path/'a.jpg'
-    path.write_bytes(flir_jpeg(counts, Camera(), gray, kinds=(32,)))  # no counts: an ordinary picture
-    assert read_image(path).dtype == np.uint8
-    for broken in (flir_jpeg(counts, Camera(), gray, kinds=(1,)), flir_jpeg(counts, Camera(emissivity=0), gray),
+    for kinds in ((32,), (1,), ()):  # no counts, or no constants: an ordinary picture
+        path.write_bytes(flir_jpeg(counts, Camera(), gray, kinds=kinds))
+        assert read_image(path).dtype == np.uint8
+    for broken in (flir_jpeg(counts, Camera(emissivity=0), gray),
                    flir_jpeg(counts, Camera(), gray).replace(struct.pack('<HHH', 2, 64, 48), struct.pack('<HHH', 2, 64, 50)),
                    flir_jpeg(counts, Camera(), gray).replace(struct.pack('<HHH', 2, 64, 48), struct.pack('>HHH', 2, 64, 48)),
                    flir_jpeg(counts, Camera(), gray, png=True).replace(b'IDAT', b'IDOT')):
         path.write_bytes(broken)
         with pytest.raises(ImageError, match='export it as a float TIFF') as raised: read_image(path)
         assert raised.value.__context__ is None
+    endless = flir_jpeg(counts, Camera(), gray).replace(struct.pack('>III', 100, 64, 14), struct.pack('>III', 100, 64, 2**31))
+    path.write_bytes(endless)  # flyr would read two billion records
+    with pytest.raises(ImageError, match='export it as a float TIFF'): read_image(path)
     path.write_bytes(flir_jpeg(counts, Camera(), gray)[:-40])
     with pytest.raises(ImageError, match='truncated'): read_image(path)
 
