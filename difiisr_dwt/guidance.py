@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codecs import LatentSpace
+from .latent_space import LatentSpace
 from .degradations import downsample
 from .losses import charbonnier, edge_loss, feature_loss, spectrum_loss
 from .metrics import Lpips

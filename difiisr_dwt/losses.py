@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .codecs import LatentSpace
+from .latent_space import LatentSpace
 from .schedule import ResShiftSchedule, RespacedSchedule
 
 # %% ../nbs/32_losses.ipynb #ca6e3986

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from difiisr_dwt import guidance as g
-from difiisr_dwt.codecs import CODECS, LatentSpace, make_codec
+from difiisr_dwt.codecs import CODECS, make_codec
 from difiisr_dwt.degradations import downsample, upsample
+from difiisr_dwt.latent_space import LatentSpace
 from difiisr_dwt.losses import (
     charbonnier,
     edge_loss,
