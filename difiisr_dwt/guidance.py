@@ -7,7 +7,7 @@ __all__ = ['Distance', 'ImageLoss', 'LatentLoss', 'TERMS', 'guided', 'decoded', 
            'SpectrumPrior', 'ring_centres', 'ring_power', 'relative_power', 'measure_spectrum', 'reference_free',
            'VggFeatures', 'SamFeatures', 'make_terms']
 
-# %% ../nbs/36_guidance.ipynb #630954a1
+# %% ../nbs/36_guidance.ipynb #40e01108
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .losses import charbonnier, edge_loss, feature_loss, spectrum_loss
 from .metrics import Lpips
 from .sampling import Denoiser, Schedule
 
-# %% ../nbs/36_guidance.ipynb #a278e800
+# %% ../nbs/36_guidance.ipynb #6345ab53
 Distance = Callable[[Tensor, Tensor], Tensor]  # (image, truth) [B, C, H, W] in [0, 1] -> [B]
 ImageLoss = Callable[[Tensor], Tensor]  # image [B, C, H, W] in [0, 1] -> [B]
 LatentLoss = Callable[[Tensor], Tensor]  # x0 [B, C, h, w] -> [B]
@@ -60,7 +60,7 @@ def guided(
 
     return shifted
 
-# %% ../nbs/36_guidance.ipynb #efc9c07d
+# %% ../nbs/36_guidance.ipynb #ffc6f066
 def decoded(
     image_loss: ImageLoss,
     latent_space: LatentSpace,  # of any codec
@@ -113,7 +113,7 @@ class Guidance:
         loss = decoded(self.image_loss, latent_space, up)
         return guided(denoise, loss, schedule, self.rho * up[0].numel())
 
-# %% ../nbs/36_guidance.ipynb #0d23debe
+# %% ../nbs/36_guidance.ipynb #fa3ce7bf
 class SpectrumPrior(nn.Module):
     """Mean and deviation of the log-power in rings of frequency, over a set of sharp images: buffers `[rings]`, so they
     are saved and moved like the tensors of a model.
@@ -216,7 +216,7 @@ def reference_free(
 
     return loss
 
-# %% ../nbs/36_guidance.ipynb #48bc8bb5
+# %% ../nbs/36_guidance.ipynb #c9cc730e
 class VggFeatures(nn.Module):
     "Five layers of VGG16 (relu1_2, 2_2, 3_3, 4_3, 5_3), frozen: images [B, 1 or 3, H, W] in [0, 1] to activations."
 
