@@ -56,6 +56,7 @@ docs: $(DOCS_STAMP) ## the site, from the notebooks: docs/_build/html/index.html
 	$(BIN)/python docs/build.py
 
 lock: install ## constraints.txt from settings.ini, for every supported Python; newest: make lock UPGRADE=--upgrade
+	@touch setup.py  # uv looks there for news, not in settings.ini
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-header --no-annotate --no-emit-index-url $(UPGRADE) setup.py -o constraints.txt
 
 clean: ## remove what the other targets made, except .venv and reports/
