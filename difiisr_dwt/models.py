@@ -246,6 +246,7 @@ class RestorationModel(nn.Module):
         sampler: str = "ancestral",  # or "ddim"
         noise_sampler: Callable[[], Tensor] | None = None,  # normal latents of `noise_shape`, see `sampling`
         callback: Callable[[dict], None] | None = None,  # called at every step (a cascade's second chain is silent)
+        guidance: Callable[..., Callable] | None = None,  # wraps the denoiser of the chain, see `guidance.Guidance`
     ) -> Tensor:  # SR, [B, 1, H, W], not clipped
         "Run the reverse chain; raises `ModelError` as `check` does."
         self.check(steps, sampler)
@@ -254,9 +255,12 @@ class RestorationModel(nn.Module):
         def noise(part: slice) -> Callable[[], Tensor] | None:
             return (lambda: noise_sampler()[:, part]) if noise_sampler else None
 
-        x0 = SAMPLERS[sampler](
-            lambda x, t: self.network(x, t, condition), self.latent_space.prior(up), schedule, noise(slice(channels)), callback
-        )
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, condition)
+
+        if guidance:
+            denoise = guidance(denoise, schedule, self.latent_space, up)
+        x0 = SAMPLERS[sampler](denoise, self.latent_space.prior(up), schedule, noise(slice(channels)), callback)
         if self.details is None:
             return self.latent_space.decode(x0, up)
         seen = self._seen_by_details(x0, up)

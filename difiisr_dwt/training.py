@@ -11,8 +11,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .band_codecs import fit_resampler
 from .configuration import resolved
 from .datasets import PairDataset, batches, upsample_crop
+from .guidance import guidance_loss, make_terms
 from .images import atomic_path, write_json
 from .losses import latent_mse
 from .latent_space import LatentSpace
@@ -62,6 +63,8 @@ class TrainConfig:
     clip: float = 1.0  # of the gradient's norm
     ema: float = 0.999
     band_weights: tuple[float, ...] = ()  # of the squared error per whitened band; empty for ones
+    guidance: dict = field(default_factory=dict)  # weights of further terms on the decoded image, see `guidance.make_terms`
+    sam_checkpoint: str = ""  # file of the term "sam"
     error_of: str = "latent"  # the whitened bands alike, or "image": each by its σ², as an orthonormal codec's image has it
     seed: int = 0
     validate_every: int = 1000
@@ -151,6 +154,7 @@ def training_loss(
     precision: str = "float32",
     weights: Tensor | None = None,  # per latent channel, see `loss_weights`
     frozen: bool = False,  # whether only the details are trained
+    terms: Sequence = (),  # of `guidance.make_terms`
 ) -> Tensor:  # scalar, float32
     "Latent MSE of a batch at random steps of the chain, and that of the model's details."
     hr, up = batch["hr"], upsample_crop(batch["lr"], model.config.scale)
@@ -162,7 +166,8 @@ def training_loss(
         details = 0 if model.details is None else model.detail_loss(prediction, hr, up, generator)
     if frozen:
         return details
-    return latent_mse(prediction.float(), x0, weights) + details
+    loss = latent_mse(prediction.float(), x0, weights) + details
+    return loss + guidance_loss(prediction.float(), hr, up, model.latent_space, terms) if terms else loss
 
 
 def loss_weights(space: LatentSpace, config: TrainConfig) -> Tensor:
@@ -175,7 +180,12 @@ def loss_weights(space: LatentSpace, config: TrainConfig) -> Tensor:
     return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of == "image" else weights
 
 
-def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConfig) -> tuple[float, float, float]:
+def training_step(
+    state: TrainState,
+    batch: dict[str, Tensor],  # of `PairDataset`
+    config: TrainConfig,
+    terms: Sequence = (),  # of `guidance.make_terms`
+) -> tuple[float, float, float]:
     "One update; loss, gradient norm and learning rate. Raises `TrainingError` on a loss that is not finite, before it does harm."
     parameters = state.parameters
     device, started = next(iter(parameters.values())).device, time.process_time()
@@ -185,7 +195,7 @@ def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConf
     generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + state.iteration)
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     weights = loss_weights(state.model.latent_space, config)
-    loss = training_loss(state.model, batch, generator, config.precision, weights, config.frozen)
+    loss = training_loss(state.model, batch, generator, config.precision, weights, config.frozen, terms)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
@@ -252,9 +262,10 @@ def _within_budget(config: TrainConfig, run_dir: Path, dataset: PairDataset) -> 
     file = run_dir / "budget.json"
     if not file.exists():
         state, seconds = initial_state(config, dataset), []
+        terms = make_terms(config.guidance, next(state.model.parameters()).device, config.sam_checkpoint)
         for batch in batches(dataset, config.batch, 0, 15):
             before = time.process_time()
-            training_step(state, batch, config)
+            training_step(state, batch, config, terms)
             seconds.append(time.process_time() - before)
         step = float(np.median(seconds[3:]))
         write_json(file, {"seconds_per_iteration": step, "iterations": max(1, round(config.cpu_minutes * 60 / step))})
@@ -284,6 +295,7 @@ def train(
         load_state(last, state, config)
     state.cpu_seconds = _truncate_log(log, state.iteration)
     device = next(state.model.parameters()).device
+    terms = make_terms(config.guidance, device, config.sam_checkpoint)
     loader = batches(dataset, config.batch, state.iteration, config.iterations, config.workers, device.type == "cuda")
     started, first = time.monotonic(), state.iteration
     with (
@@ -301,7 +313,7 @@ def train(
         losses: list[float] = []
         for batch in loader:
             try:
-                loss, norm, rate = training_step(state, batch, config)
+                loss, norm, rate = training_step(state, batch, config, terms)
             except TrainingError as error:
                 kept = f"{last} holds the last good state" if last.exists() else "no checkpoint had been written yet"
                 raise TrainingError(f"{error}; lower the learning rate or look at the data; {kept}") from None
