@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['EMISSIVITY', 'ROUGH', 'MID', 'SMOOTH', 'STREAK', 'FIBRE', 'BRICK', 'SLAB', 'CLUMP', 'TEXTURES', 'TILE', 'SUPER',
-           'band_radiance', 'brightness_temperature', 'power_law_texture', 'texture_bank', 'stamp_bank', 'Canvas']
+           'band_radiance', 'brightness_temperature', 'power_law_texture', 'texture_bank', 'stamp_bank', 'Canvas',
+           'texture_at', 'pixel_mean']
 
-# %% ../nbs/09_thermal_canvas.ipynb #ce363512
+# %% ../nbs/09_thermal_canvas.ipynb #48afdebb
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-# %% ../nbs/09_thermal_canvas.ipynb #eb9f6354
+# %% ../nbs/09_thermal_canvas.ipynb #6f919c05
 _H, _C, _K = 6.62607015e-34, 2.99792458e8, 1.380649e-23  # SI
 
 
@@ -38,7 +39,7 @@ def brightness_temperature(
     kelvin, table = _radiance_table()
     return np.interp(radiance, table, kelvin)
 
-# %% ../nbs/09_thermal_canvas.ipynb #122a07f3
+# %% ../nbs/09_thermal_canvas.ipynb #968ece61
 EMISSIVITY = {  # 8–14 µm, low and high
     "sky": (1.0, 1.0), "grass": (0.97, 0.99), "soil": (0.92, 0.97), "asphalt": (0.93, 0.97), "concrete": (0.92, 0.96),
     "brick": (0.90, 0.94), "glass": (0.84, 0.94), "paint": (0.88, 0.95), "metal": (0.30, 0.80), "leaves": (0.95, 0.99),
@@ -53,7 +54,7 @@ TEXTURES = {  # which planes a material may carry, and their deviation in K, low
     "cloth": ((MID, FIBRE, CLUMP), 0.4, 1.5), "rubber": ((MID,), 0.2, 0.6),
 }
 
-# %% ../nbs/09_thermal_canvas.ipynb #26b268c2
+# %% ../nbs/09_thermal_canvas.ipynb #828c9e9b
 TILE = 512  # side of a texture, periodic
 
 
@@ -61,7 +62,7 @@ def power_law_texture(
     rng: np.random.Generator,
     size: tuple[int, int],  # H, W
     alpha: float,  # amplitude falls as 1/f^alpha
-    stretch: tuple[float, float] = (1.0, 1.0),  # along y and x; (1, 5) are streaks along y
+    stretch: tuple[float, float] = (1.0, 1.0),  # the spectrum along y and x: (1, 5) draws streaks along x
 ) -> np.ndarray:  # float64 [H, W], mean 0, deviation 1, periodic
     "Gaussian field with a power-law spectrum."
     height, width = size
@@ -77,7 +78,7 @@ def texture_bank() -> np.ndarray:  # float32 [8, 512, 512], each plane of mean 0
     "One periodic texture per plane (`ROUGH` … `CLUMP`), the same in every process."
     rng = np.random.default_rng(20260102)
     rough, mid, smooth = (power_law_texture(rng, (TILE, TILE), a) for a in (0.9, 1.3, 2.2))
-    streak, fibre = power_law_texture(rng, (TILE, TILE), 1.2, (5.0, 1.0)), power_law_texture(rng, (TILE, TILE), 1.0, (1.0, 6.0))
+    streak, fibre = power_law_texture(rng, (TILE, TILE), 1.2, (1.0, 5.0)), power_law_texture(rng, (TILE, TILE), 1.0, (6.0, 1.0))
     y, x = np.mgrid[:TILE, :TILE]
     row = y // 8
     joint = (y % 8 < 2) | ((x + 8 * (row % 2)) % 16 < 2)
@@ -89,7 +90,7 @@ def texture_bank() -> np.ndarray:  # float32 [8, 512, 512], each plane of mean 0
     bank -= bank.mean((1, 2), keepdims=True)
     return (bank / bank.std((1, 2), keepdims=True)).astype(np.float32)
 
-# %% ../nbs/09_thermal_canvas.ipynb #79c869c2
+# %% ../nbs/09_thermal_canvas.ipynb #6ffbb507
 _STAMP = 256  # side of a stamp
 
 
@@ -154,7 +155,7 @@ def stamp_bank() -> dict[str, list[list[Image.Image]]]:  # name -> variants -> "
             bank[name].append([Image.fromarray(level) for level in levels])
     return bank
 
-# %% ../nbs/09_thermal_canvas.ipynb #5bac6a2a
+# %% ../nbs/09_thermal_canvas.ipynb #41a34baf
 SUPER = 2  # drawn pixels per pixel
 _LAYER = {k: [255 * (v == k) for v in range(256)] for k in (1, 2, 3)}  # lookup: one label of a stamp as a mask
 
@@ -219,3 +220,26 @@ class Canvas:
     def cast_ellipse(self, x: float, y: float, width: float, height: float) -> None:
         u = self.unit / SUPER
         self.shade.ellipse(((x - width / 2) * u, (y - height / 2) * u, (x + width / 2) * u, (y + height / 2) * u), fill=255)
+
+
+@lru_cache(maxsize=1)
+def _doubled() -> np.ndarray:
+    "The textures in one row, each plane twice, so that a place within it may run over its end."
+    return np.repeat(texture_bank()[:, None], 2, 1).ravel()
+
+
+def texture_at(
+    place: np.ndarray,  # int [labels], `Canvas.materials`' fourth
+    label: np.ndarray,  # int [H, W], drawn pixels
+) -> np.ndarray:  # float32 [H, W]
+    "The texture of every drawn pixel's label, with deviation 1."
+    grid = (np.arange(label.shape[0]) % TILE)[:, None] * TILE + np.arange(label.shape[1]) % TILE
+    return np.take(_doubled(), grid + np.take(place, label), mode="clip")
+
+
+def pixel_mean(
+    drawn: np.ndarray,  # float32 [2H, 2W]
+) -> np.ndarray:  # float32 [H, W]
+    "Means of 2×2 drawn pixels."
+    rows = drawn[::2] + drawn[1::2]
+    return (rows[:, ::2] + rows[:, 1::2]) * np.float32(0.25)

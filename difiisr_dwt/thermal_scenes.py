@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['SceneConfig', 'ThermalScene', 'automatic_gain', 'render_scene']
 
-# %% ../nbs/11_thermal_scenes.ipynb #9860dd5e
+# %% ../nbs/11_thermal_scenes.ipynb #487b434c
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import ImageFilter
 
-from .thermal_canvas import SMOOTH, TILE, Canvas, band_radiance, brightness_temperature, texture_bank
+from .thermal_canvas import SMOOTH, TILE, Canvas, band_radiance, brightness_temperature, pixel_mean, texture_at, texture_bank
 
-# %% ../nbs/11_thermal_scenes.ipynb #f362cb6f
+# %% ../nbs/11_thermal_scenes.ipynb #db106a54
 @dataclass(frozen=True)
 class SceneConfig:
     "Ranges are uniform; temperatures of objects are relative to the air's."
 
     air: tuple[float, float] = (265.0, 303.0)  # K
     sky: tuple[float, float] = (-65.0, -10.0)  # zenith, K relative to the air: clear … overcast
-    blur: tuple[float, float] = (0.45, 0.95)  # deviation of the lens's point spread, pixels
+    blur: tuple[float, float] = (0.45, 1.2)  # deviation of the lens's point spread, pixels
     netd: tuple[float, float] = (0.02, 0.15)  # noise-equivalent temperature difference of one pixel, K; small ones are likelier
     column_noise: tuple[float, float] = (0.0, 0.05)  # deviation between columns, K
     counts_per_kelvin: float = 40.0
@@ -28,7 +28,7 @@ class SceneConfig:
     aerial: float = 0.45  # share of scenes seen from above
     contrast: tuple[float, float] = (0.45, 1.0)  # share of the 8-bit range that the gain control fills
     gain_limit: tuple[float, float] = (6.0, 30.0)  # grey levels per kelvin at most
-    detail: tuple[float, float] = (0.0, 0.9)  # digital detail enhancement of every other camera
+    detail: tuple[float, float] = (0.0, 0.5)  # digital detail enhancement of every other camera
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ThermalScene:
     counts: np.ndarray  # uint16 [H, W], 14 bits
     image: np.ndarray  # uint8 [H, W], after automatic gain control
 
-# %% ../nbs/11_thermal_scenes.ipynb #89b6f52b
+# %% ../nbs/11_thermal_scenes.ipynb #d3cb5cf5
 def _leaves(c: Canvas, heat: float) -> list[int]:
     "Three labels: leaves in the shade, between, in the sun."
     spread = c.between(0.3, 2.0)
@@ -137,7 +137,7 @@ def _clutter(c: Canvas, x0: float, y0: float, x1: float, y1: float, count: int, 
         elif kind < 0.85: c.line([(px, py), (px + 3 * s * (a - 0.5), py + 4 * s * (k - 0.5))], 0.1 * s + 0.002, label)
         else: c.stamp("bush", px, py, 2 * s, 1.5 * s, things[3:] )
 
-# %% ../nbs/11_thermal_scenes.ipynb #8c1497f0
+# %% ../nbs/11_thermal_scenes.ipynb #23735848
 def _building(c: Canvas, left: float, base: float, width: float, height: float) -> None:
     "A facade: roof or ledge, chimneys, framed windows cold or lit, vents and pipes."
     rng = c.rng
@@ -190,7 +190,7 @@ def _fence(c: Canvas, left: float, right: float, y: float, height: float) -> Non
     for level in (0.2, 0.9):
         c.line([(left, y - level * height), (right, y - level * height)], 0.06 * height, rail)
 
-# %% ../nbs/11_thermal_scenes.ipynb #9bd5384d
+# %% ../nbs/11_thermal_scenes.ipynb #c7ec97b1
 def _street(c: Canvas, aspect: float) -> None:
     "Sky, woods, buildings, a road to the vanishing point with cracks and shadows, then what stands by it, far to near."
     rng = c.rng
@@ -316,7 +316,7 @@ def _aerial(c: Canvas, aspect: float) -> None:
         c.ellipse(*centre, .5 * size, .5 * size, c.add("skin", core * c.between(.5, .95)))
         if rng.random() < .6: c.line([centre, centre + np.array([c.between(-.5, .5), 1.3]) * size], .35 * size, c.add("cloth", core * c.between(.3, .7)))
 
-# %% ../nbs/11_thermal_scenes.ipynb #8fa1cd25
+# %% ../nbs/11_thermal_scenes.ipynb #193abb86
 def automatic_gain(
     counts: np.ndarray,  # uint16 [H, W], below 2¹⁴
     plateau: float = 3.0,  # a bin counts at most so many times the mean bin
@@ -343,23 +343,8 @@ def automatic_gain(
         shown = shown + detail * (shown - (p[:, :-4] + p[:, 4:] + 4 * (p[:, 1:-3] + p[:, 3:-1]) + 6 * p[:, 2:-2]) / 16)
     return np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 
-# %% ../nbs/11_thermal_scenes.ipynb #672a4dc2
+# %% ../nbs/11_thermal_scenes.ipynb #d759daac
 _MARGIN = 6  # pixels drawn beyond the frame, since the blur is periodic
-_BANK: list[np.ndarray] = []  # the textures, each plane twice, so that a place within it may run over its end
-
-
-def _texture(place: np.ndarray, label: np.ndarray) -> np.ndarray:  # float32 [H, W]
-    "Every drawn pixel's texture of deviation 1."
-    if not _BANK:
-        _BANK.append(np.ascontiguousarray(np.repeat(texture_bank()[:, None], 2, 1)).ravel())
-    grid = (np.arange(label.shape[0]) % TILE)[:, None] * TILE + np.arange(label.shape[1]) % TILE
-    return np.take(_BANK[0], grid + np.take(place, label), mode="clip")
-
-
-def _pixel_mean(v: np.ndarray) -> np.ndarray:
-    "Means of 2×2 drawn pixels."
-    rows = v[::2] + v[1::2]
-    return (rows[:, ::2] + rows[:, 1::2]) * np.float32(0.25)
 
 
 def render_scene(
@@ -382,15 +367,15 @@ def render_scene(
     around = around if above else (around + band_radiance(air)) / 2
     emitted = emissivity * band_radiance(air + kelvin) + (1 - emissivity) * around
     slope = band_radiance(air + kelvin + 0.5) - band_radiance(air + kelvin - 0.5)  # per kelvin
-    texture = _texture(place, label) * np.take(rough.astype(np.float32), label)
-    temperature = _pixel_mean(np.take(kelvin.astype(np.float32), label) + texture) + air
+    texture = texture_at(place, label) * np.take(rough.astype(np.float32), label)
+    temperature = pixel_mean(np.take(kelvin.astype(np.float32), label) + texture) + air
     gain = np.take((emissivity * slope).astype(np.float32), label)
-    radiance = _pixel_mean(np.take(emitted.astype(np.float32), label) + gain * texture)
+    radiance = pixel_mean(np.take(emitted.astype(np.float32), label) + gain * texture)
     shade = np.asarray(canvas.shadow.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 3.0))), np.float32)
-    cooled = _pixel_mean(np.take(ground.astype(np.float32), label)) * shade * np.float32((rng.uniform(1, 9) if day else rng.uniform(-0.5, 1.5)) / 255)
+    cooled = pixel_mean(np.take(ground.astype(np.float32), label)) * shade * np.float32((rng.uniform(1, 9) if day else rng.uniform(-0.5, 1.5)) / 255)
     temperature -= cooled
     radiance -= cooled * np.float32(band_radiance(air + 0.5) - band_radiance(air - 0.5))
-    if (seen := _pixel_mean((label == 0).astype(np.float32))).any():
+    if (seen := pixel_mean((label == 0).astype(np.float32))).any():
         altitude = np.clip(1 - np.arange(height)[:, None] / (0.6 * height), 0, 1)  # the sky is coldest at the zenith
         y, x = rng.integers(0, TILE, 2)
         cloud = np.take(np.take(texture_bank()[SMOOTH], np.arange(y, y + height) % TILE, 0), np.arange(x, x + width) % TILE, 1)
