@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SceneConfig', 'ThermalScene', 'automatic_gain', 'render_scene']
 
-# %% ../nbs/11_thermal_scenes.ipynb #487b434c
+# %% ../nbs/11_thermal_scenes.ipynb #6ad87b94
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import ImageFilter
 
 from .thermal_canvas import SMOOTH, TILE, Canvas, band_radiance, brightness_temperature, pixel_mean, texture_at, texture_bank
 
-# %% ../nbs/11_thermal_scenes.ipynb #db106a54
+# %% ../nbs/11_thermal_scenes.ipynb #c1d314ec
 @dataclass(frozen=True)
 class SceneConfig:
     "Ranges are uniform; temperatures of objects are relative to the air's."
@@ -39,7 +39,7 @@ class ThermalScene:
     counts: np.ndarray  # uint16 [H, W], 14 bits
     image: np.ndarray  # uint8 [H, W], after automatic gain control
 
-# %% ../nbs/11_thermal_scenes.ipynb #d3cb5cf5
+# %% ../nbs/11_thermal_scenes.ipynb #d872e6a2
 def _leaves(c: Canvas, heat: float) -> list[int]:
     "Three labels: leaves in the shade, between, in the sun."
     spread = c.between(0.3, 2.0)
@@ -137,7 +137,7 @@ def _clutter(c: Canvas, x0: float, y0: float, x1: float, y1: float, count: int, 
         elif kind < 0.85: c.line([(px, py), (px + 3 * s * (a - 0.5), py + 4 * s * (k - 0.5))], 0.1 * s + 0.002, label)
         else: c.stamp("bush", px, py, 2 * s, 1.5 * s, things[3:] )
 
-# %% ../nbs/11_thermal_scenes.ipynb #23735848
+# %% ../nbs/11_thermal_scenes.ipynb #18156165
 def _building(c: Canvas, left: float, base: float, width: float, height: float) -> None:
     "A facade: roof or ledge, chimneys, framed windows cold or lit, vents and pipes."
     rng = c.rng
@@ -190,7 +190,7 @@ def _fence(c: Canvas, left: float, right: float, y: float, height: float) -> Non
     for level in (0.2, 0.9):
         c.line([(left, y - level * height), (right, y - level * height)], 0.06 * height, rail)
 
-# %% ../nbs/11_thermal_scenes.ipynb #c7ec97b1
+# %% ../nbs/11_thermal_scenes.ipynb #86b7de39
 def _street(c: Canvas, aspect: float) -> None:
     "Sky, woods, buildings, a road to the vanishing point with cracks and shadows, then what stands by it, far to near."
     rng = c.rng
@@ -316,7 +316,7 @@ def _aerial(c: Canvas, aspect: float) -> None:
         c.ellipse(*centre, .5 * size, .5 * size, c.add("skin", core * c.between(.5, .95)))
         if rng.random() < .6: c.line([centre, centre + np.array([c.between(-.5, .5), 1.3]) * size], .35 * size, c.add("cloth", core * c.between(.3, .7)))
 
-# %% ../nbs/11_thermal_scenes.ipynb #193abb86
+# %% ../nbs/11_thermal_scenes.ipynb #3149da5a
 def automatic_gain(
     counts: np.ndarray,  # uint16 [H, W], below 2¹⁴
     plateau: float = 3.0,  # a bin counts at most so many times the mean bin
@@ -343,7 +343,7 @@ def automatic_gain(
         shown = shown + detail * (shown - (p[:, :-4] + p[:, 4:] + 4 * (p[:, 1:-3] + p[:, 3:-1]) + 6 * p[:, 2:-2]) / 16)
     return np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 
-# %% ../nbs/11_thermal_scenes.ipynb #d759daac
+# %% ../nbs/11_thermal_scenes.ipynb #8244ce1a
 _MARGIN = 6  # pixels drawn beyond the frame, since the blur is periodic
 
 
