@@ -22,6 +22,7 @@ from .configuration import unknown_key_message
 from .degradations import upsample
 from .images import ThermalImage, denormalize, level, normalize, robust_range
 from .models import ModelError, RestorationModel, choose_device, load_model
+from .published import PublishedModel, is_published, load_published, published_tiles, reflect_pad
 from .tiling import Tile, noise_crop, split
 
 # %% ../nbs/50_pipeline.ipynb #262e52e1
@@ -73,18 +74,23 @@ def find_model(
 class SuperResolver:
     "A trained model, ready for images: `SuperResolver.from_pretrained('compact').upscale(array)`."
 
-    model: RestorationModel # in evaluation mode
+    model: RestorationModel | PublishedModel # in evaluation mode
     device: torch.device
     info: dict[str, Any] # what its file tells of its training
 
     @classmethod
     def from_pretrained(cls,
-        name_or_path: str | Path = 'compact', # a shipped model, a safetensors file, or a run folder
+        name_or_path: str | Path = 'compact', # a shipped model, a safetensors file, a run folder, or a published checkpoint
         device: str | torch.device = 'auto',
+        first_stage: str | Path | None = None, # autoencoder_vq_f4.pth beside a published checkpoint that holds none
+        chain: str | None = None, # of a published checkpoint, see `published.CHAINS`; None: by its name
     ) -> 'SuperResolver':
         "Load a model; raises `ModelError` in one sentence where that cannot be."
-        device = choose_device(device)
-        model, info = load_model(find_model(name_or_path), device)
+        device, path = choose_device(device), find_model(name_or_path)
+        if is_published(path): return cls(*_published(path, device, first_stage, chain))
+        if first_stage is not None or chain is not None:
+            raise ModelError(f'{path}: first_stage and chain belong to a published checkpoint, this is none; leave them out')
+        model, info = load_model(path, device)
         model.network.to(memory_format=torch.channels_last) # a third faster on CPUs, same values up to rounding
         return cls(model, device, info)
 
@@ -96,7 +102,7 @@ class SuperResolver:
     @property
     def max_steps(self) -> int:
         "Steps of the chain that the model was trained on."
-        return self.model.schedule.steps
+        return self.model.max_steps if isinstance(self.model, PublishedModel) else self.model.schedule.steps
 
     def check(self, steps: int, seed: int, sampler: str, tile: int) -> None:
         "Raise `ModelError` for a request that `upscale` cannot meet."
@@ -110,7 +116,7 @@ class SuperResolver:
         seed: int = 0, # of the noise
         sampler: str = 'ancestral', # or 'ddim'
         value_range: tuple[float, float] | None = None, # native values seen as [-1, 1], common to a sequence; None: the frame's
-        tile: int = TILE, # LR pixels along a side; 0 for the whole image at once
+        tile: int = TILE, # LR pixels along a side, at most 128 for published models; 0 for the whole image at once
         callback: Callable[[int, int], None] | None = None, # called with (done, total) steps of all tiles: at first, and after each
     ) -> np.ndarray: # [4·H, 4·W], same dtype; integers rounded and clipped
         "Super-resolve native values; raises `ModelError` for an impossible request, `ImageError` for no single frame."
@@ -136,9 +142,9 @@ class SuperResolver:
             pixels = np.where(_enlarge(masked, self.scale), _enlarge(image.pixels, self.scale), pixels)
         return image.with_pixels(pixels, self.scale)
 
-    @staticmethod
-    def _pixel_range(image: ThermalImage, value_range: tuple[float, float] | None) -> tuple[float, float]:
+    def _pixel_range(self, image: ThermalImage, value_range: tuple[float, float] | None) -> tuple[float, float]:
         "What is mapped to [-1, 1], in units of `pixels`: that of `datasets.Pair`, or the caller's."
+        if value_range is None and isinstance(self.model, PublishedModel) and image.dtype == np.uint8: return 0., 1. # as published
         if value_range is None: return robust_range(image.pixels, min_width=32 * level(image))
         (low, high), (lo, hi) = value_range, image.value_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -148,21 +154,33 @@ class SuperResolver:
     @torch.inference_mode()
     def _restore(self, lr: Tensor, steps: int, seed: int, sampler: str, tile: int, callback: Callable | None) -> np.ndarray:
         "Normalized LR [1, 1, h, w] to normalized SR float32 [scale·h, scale·w], tile by tile."
-        height, width = lr.shape[-2:]
-        stride = self.model.stride
-        multiple = stride // math.gcd(stride, self.scale)
-        side = tile // multiple * multiple or multiple * math.ceil(max(height, width, 4 * OVERLAP) / multiple)
-        tiles = split(height, width, side, OVERLAP, multiple, self.scale)
+        height, width = size = lr.shape[-2:]
+        if isinstance(self.model, PublishedModel):
+            lr = reflect_pad(lr, self.model.multiple)
+            height, width = lr.shape[-2:]
+            side = min(tile, self.model.max_tile) // self.model.multiple * self.model.multiple if tile else 0
+            tiles = published_tiles(height, width, side, OVERLAP, self.scale)
+        else:
+            stride = self.model.stride
+            multiple = math.gcd(stride // math.gcd(stride, self.scale), OVERLAP) # a network of larger windows pads
+            side = tile // multiple * multiple or multiple * math.ceil(max(height, width, 4 * OVERLAP) / multiple)
+            tiles = split(height, width, side, OVERLAP, multiple, self.scale)
         result = np.zeros((height * self.scale, width * self.scale), dtype=np.float32)
         if callback: callback(0, len(tiles) * steps)
         for number, part in enumerate(tiles):
-            up = self._upsampled(lr, part).to(self.device)
+            seen = self._seen(lr, part).to(self.device)
             progress = _progress(callback, number * steps, len(tiles) * steps)
-            restored = self.model.restore(up, steps, sampler, self._noise_sampler(seed, part), progress)
+            restored = self.model.restore(seen, steps, sampler, self._noise_sampler(seed, part), progress)
             top, left = part.top * self.scale, part.left * self.scale
-            target = result[top:top + up.shape[-2], left:left + up.shape[-1]]
+            target = result[top:top + restored.shape[-2], left:left + restored.shape[-1]]
             target += part.weight * restored[0, 0].cpu().numpy()
-        return result
+        return result[:size[0] * self.scale, :size[1] * self.scale]
+
+    def _seen(self, lr: Tensor, part: Tile) -> Tensor:
+        "What the model is given of a tile: a published one the LR, ours its up-sampling."
+        if isinstance(self.model, PublishedModel):
+            return lr[..., part.top:part.top + part.height, part.left:part.left + part.width]
+        return self._upsampled(lr, part)
 
     def _noise_sampler(self, seed: int, part: Tile) -> Callable[[], Tensor]:
         "What lies under a tile, of one field after another."
@@ -177,6 +195,12 @@ class SuperResolver:
         up = upsample(lr[..., top:part.top + part.height + _MARGIN, left:part.left + part.width + _MARGIN], self.scale)
         y, x = (part.top - top) * self.scale, (part.left - left) * self.scale
         return up[..., y:y + part.height * self.scale, x:x + part.width * self.scale]
+
+
+def _published(path: Path, device: torch.device, first_stage: str | Path | None, chain: str | None) -> tuple[PublishedModel, torch.device, dict]:
+    "A published model as `SuperResolver` holds it."
+    model, info = load_published(path, first_stage, chain, device)
+    return model, device, info
 
 
 def _enlarge(x: np.ndarray, scale: int) -> np.ndarray:
