@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .codecs import LatentSpace
+from .latent_space import LatentSpace
 from .losses import decoded_loss
 from .metrics import lpips_network, to_8bit
 from .sampling import sample_ddim

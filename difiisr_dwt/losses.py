@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .codecs import LatentSpace
+from .latent_space import LatentSpace
 
 # %% ../nbs/32_losses.ipynb #ca6e3986
 def latent_mse(

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .codecs import LatentSpace, make_codec
+from .codecs import make_codec
+from .latent_space import LatentSpace
 from .configuration import ConfigurationError, configure, resolved, unknown_key_message
 from .images import atomic_path
 from .sampling import sample_ancestral, sample_ddim

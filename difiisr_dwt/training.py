@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .codecs import make_codec, measure_sigma
+from .codecs import make_codec
+from .latent_space import measure_sigma
 from .configuration import resolved
 from .datasets import PairDataset, batches, read_pairs, upsample_crop
 from .degradations import upsample

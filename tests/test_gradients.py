@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from difiisr_dwt.codecs import LatentSpace, make_codec, measure_sigma
+from difiisr_dwt.codecs import make_codec
 from difiisr_dwt.degradations import downsample, upsample
 from difiisr_dwt.gradients import (
     BREAKS,
@@ -20,6 +20,7 @@ from difiisr_dwt.gradients import (
     perceptual_path,
     perturbed,
 )
+from difiisr_dwt.latent_space import LatentSpace, measure_sigma
 from difiisr_dwt.losses import decoded_loss, latent_mse
 from difiisr_dwt.metrics import lpips_network
 from difiisr_dwt.schedule import ResShiftSchedule
