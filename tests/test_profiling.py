@@ -14,7 +14,6 @@ from difiisr_dwt.experiments import run_experiment
 from difiisr_dwt.profiling import ProfilingError, interleaved, peak_memory
 
 
-
 def run_stage(tmp_path, stage, params):
     """Run a stage as `difiisr run` does; its folder and its metrics."""
     file = tmp_path / "e.yaml"
