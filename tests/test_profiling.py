@@ -10,6 +10,7 @@ import yaml
 from difiisr_dwt import codec_benchmark
 from difiisr_dwt.codec_benchmark import available_peers, bench_codecs, coder_job
 from difiisr_dwt.codecs import CODECS
+from difiisr_dwt.costs import TwoBranchUNet, costs
 from difiisr_dwt.experiments import run_experiment
 from difiisr_dwt.profiling import ProfilingError, interleaved, peak_memory
 
@@ -80,3 +81,43 @@ def test_memory_grows_with_the_image():
     if small is None:
         pytest.skip("this system does not tell")
     assert 3 < large.working / small.working < 5 and large.held == pytest.approx(4 * 3 * 512**2 * 4, rel=0.1)
+
+
+def test_costs_stage(tmp_path):
+    folder, metrics = run_stage(tmp_path, "costs", {
+        "systems": ["original", "packet", "two_branch"], "steps": [1, 2], "size": 64, "repeats": 2, "threads": 1, "vq_channels": 32,
+        "swin": {"model_channels": 32, "swin_embed_dim": 32, "num_res_blocks": [1, 1, 1, 1]},
+    })  # fmt: skip
+    original, packet, branches = metrics["rows"]
+    for row in metrics["rows"]:
+        assert row["macs 2"] == row["macs encoder"] + 2 * row["macs denoiser"] + row["macs decoder"]
+        assert row["memory whole"] > 4 * row["parameters"] and row["seconds 2"] > 0
+    assert original["faster 1"] == 1 and packet["faster 2"] > 1 and branches["faster 2"] is None
+    assert packet["memory whole"] < original["memory whole"]
+    assert metrics["claims"] == [] and "verdict" not in metrics, "a small network says nothing about the claims"
+    assert (folder / "figures" / "latency.png").stat().st_size > 5_000
+
+
+def test_two_branches_keep_their_bands_apart():
+    """Without bodies that mix, and without exchange, the fine head's pixels come from the fine bands at their place."""
+    network = TwoBranchUNet(Quiet(), Quiet(), image_channels=2, width=8)
+    for layer in (*network.up, *network.down):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(1, 32, 8, 8)
+    base = network(x, torch.zeros(1), x)
+    x[:, 8:] = torch.randn(1, 24, 8, 8)
+    assert torch.equal(network(x, torch.zeros(1), x)[:, :8], base[:, :8])
+    assert not torch.equal(network(x, torch.zeros(1), x)[:, 8:], base[:, 8:])
+
+
+class Quiet(torch.nn.Module):
+    """A body that does nothing."""
+
+    def forward(self, x, t):
+        return x
+
+
+def test_unknown_system_is_named():
+    with pytest.raises(ProfilingError, match="'paket' is no system"):
+        costs(["paket"])
