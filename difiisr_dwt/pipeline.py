@@ -134,12 +134,12 @@ class SuperResolver:
         masked = ~np.isfinite(image.pixels)
         if masked.any():
             pixels = np.where(_enlarge(masked, self.scale), _enlarge(image.pixels, self.scale), pixels)
-        return ThermalImage(pixels, image.dtype, image.value_range, dict(image.metadata))
+        return image.with_pixels(pixels, self.scale)
 
     @staticmethod
     def _pixel_range(image: ThermalImage, value_range: tuple[float, float] | None) -> tuple[float, float]:
         "What is mapped to [-1, 1], in units of `pixels`: that of `datasets.Pair`, or the caller's."
-        if value_range is None: return robust_range(image.pixels, min_width=32 * level(image.dtype))
+        if value_range is None: return robust_range(image.pixels, min_width=32 * level(image))
         (low, high), (lo, hi) = value_range, image.value_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ModelError(f'value_range must be two rising finite numbers, not {value_range}')

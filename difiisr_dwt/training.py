@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'TrainingError', 'learning_rate_factor', 'TrainState', 'save_state', 'load_state', 'training_loss',
-           'training_step', 'validate', 'initial_state', 'train']
+           'loss_weights', 'training_step', 'validate', 'initial_state', 'train']
 
-# %% ../nbs/42_training.ipynb #33a70d4b
+# %% ../nbs/42_training.ipynb #85c807bf
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,17 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .codecs import make_codec
-from .latent_space import measure_sigma
+from .band_codecs import fit_resampler
 from .configuration import resolved
 from .datasets import PairDataset, batches, read_pairs, upsample_crop
 from .degradations import upsample
 from .images import atomic_path, denormalize, normalize, write_json
 from .losses import latent_mse
 from .metrics import lpips_network, psnr, to_8bit
-from .models import ModelConfig, RestorationModel, choose_device, load_model, save_model, write_tensors
+from .latent_space import LatentSpace
+from .models import DetailConfig, ModelConfig, RestorationModel, choose_device, load_model, save_model, write_tensors
 
-# %% ../nbs/42_training.ipynb #42af0a74
+# %% ../nbs/42_training.ipynb #1aacc200
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that decides what is learnt; defaults are those of the shipped model but for data and length."
@@ -46,7 +47,11 @@ class TrainConfig:
     crop: int = 128  # HR pixels
     model: ModelConfig = ModelConfig()
     initial: str = ""  # model file to start from, for fine-tuning
+    frozen: bool = False  # whether the network of `initial` stays as it is and only the model's details are trained
+    train_codec: bool = False  # whether a codec with parameters goes on learning beside the network, on the latent loss
+    codec_iterations: int = 300  # on reconstruction alone, for a codec with parameters, before anything else
     iterations: int = 20_000
+    cpu_minutes: float = 0.0  # if not 0, `iterations` is what takes this processor time here
     batch: int = 8
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -54,6 +59,8 @@ class TrainConfig:
     warmup: int = 100  # iterations
     clip: float = 1.0  # of the gradient's norm
     ema: float = 0.999
+    band_weights: tuple[float, ...] = ()  # of the squared error per whitened band; empty for ones
+    error_of: str = "latent"  # the whitened bands alike, or "image": each by its σ², as an orthonormal codec's image has it
     seed: int = 0
     validate_every: int = 1000
     checkpoint_every: int = 500
@@ -78,21 +85,27 @@ def learning_rate_factor(
         return (iteration + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup)))
 
-# %% ../nbs/42_training.ipynb #f193c525
+# %% ../nbs/42_training.ipynb #08a75645
 @dataclass
 class TrainState:
     "What an iteration changes."
 
     model: RestorationModel
-    average: dict[str, Tensor]  # moving average of the network's parameters
+    average: dict[str, Tensor]  # moving average of the parameters that are trained
     optimizer: torch.optim.Optimizer
     iteration: int = 0
     best: float = -math.inf  # validation PSNR at one step, dB
+    cpu_seconds: float = 0.0  # processor time of all iterations so far
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        "What is trained, by its name in the model."
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
 
 def save_state(path: Path, state: TrainState, config: TrainConfig) -> None:
     "Write a checkpoint, whole or not at all."
-    names = [name for name, _ in state.model.network.named_parameters()]
+    names = list(state.parameters)
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in state.average.items()}
     for index, moments in state.optimizer.state_dict()["state"].items():
@@ -117,7 +130,7 @@ def load_state(path: Path, state: TrainState, config: TrainConfig) -> None:
     state.model.load_state_dict(part("model."))
     for name, value in part("average.").items():
         state.average[name].copy_(value)
-    names = [name for name, _ in state.model.network.named_parameters()]
+    names = list(state.parameters)
     moments = {key: part(f"optimizer.{key}.") for key in ("step", "exp_avg", "exp_avg_sq")}
     saved = state.optimizer.state_dict()
     if moments["step"]:
@@ -128,47 +141,63 @@ def load_state(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 _MAY_CHANGE = ("validate_every", "checkpoint_every", "log_every", "workers", "device")
 
-# %% ../nbs/42_training.ipynb #bfaad843
+# %% ../nbs/42_training.ipynb #723e0320
 def training_loss(
     model: RestorationModel,
     batch: dict[str, Tensor],  # hr and lr of `PairDataset`
     generator: torch.Generator,  # on the model's device; draws t and the noise
     precision: str = "float32",
+    weights: Tensor | None = None,  # per latent channel, see `loss_weights`
+    frozen: bool = False,  # whether only the details are trained
 ) -> Tensor:  # scalar, float32
-    "Latent MSE of a batch at random steps of the chain."
+    "Latent MSE of a batch at random steps of the chain, and that of the model's details."
     hr, up = batch["hr"], upsample_crop(batch["lr"], model.config.scale)
     x0 = model.latent_space.encode(hr, up)
     t = torch.randint(model.schedule.steps, (len(hr),), generator=generator, device=hr.device)
     noise = torch.randn(x0.shape, generator=generator, device=hr.device)
     with torch.autocast(hr.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         prediction = model.predict(x0, up, t, noise)
-    return latent_mse(prediction.float(), x0)
+        details = 0 if model.details is None else model.detail_loss(prediction, hr, up, generator)
+    if frozen:
+        return details
+    return latent_mse(prediction.float(), x0, weights) + details
+
+
+def loss_weights(space: LatentSpace, config: TrainConfig) -> Tensor:
+    "Weights `[C]` of the squared error per latent channel; raises `TrainingError` for those that do not fit."
+    if config.error_of not in ("latent", "image"):
+        raise TrainingError(f"'error_of' must be latent or image, not {config.error_of!r}")
+    if config.band_weights and len(config.band_weights) != space.codec.channels:
+        raise TrainingError(f"'band_weights' must be {space.codec.channels} numbers, one per latent channel, not {len(config.band_weights)}")
+    weights = space.loss_weights(config.band_weights)
+    return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of == "image" else weights
 
 
 def training_step(state: TrainState, batch: dict[str, Tensor], config: TrainConfig) -> tuple[float, float, float]:
     "One update; loss, gradient norm and learning rate. Raises `TrainingError` on a loss that is not finite, before it does harm."
-    network = state.model.network
-    device = next(network.parameters()).device
+    parameters = state.parameters
+    device, started = next(iter(parameters.values())).device, time.process_time()
     rate = config.learning_rate * learning_rate_factor(state.iteration, config.iterations, config.warmup)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + state.iteration)
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    loss = training_loss(state.model, batch, generator, config.precision)
+    weights = loss_weights(state.model.latent_space, config)
+    loss = training_loss(state.model, batch, generator, config.precision, weights, config.frozen)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+    norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise TrainingError(f"iteration {state.iteration}: loss {loss.item()}, gradient norm {norm.item()}")
     state.optimizer.step()
     state.iteration += 1
     decay = min(config.ema, state.iteration / (state.iteration + 10))  # a young average forgets faster
     with torch.no_grad():
-        averages, parameters = zip(*((state.average[n], p) for n, p in network.named_parameters()), strict=True)
-        torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
+        torch._foreach_lerp_([state.average[n] for n in parameters], list(parameters.values()), 1 - decay)
+    state.cpu_seconds += time.process_time() - started
     return loss.item(), norm.item(), rate
 
-# %% ../nbs/42_training.ipynb #edbcfc46
+# %% ../nbs/42_training.ipynb #90fbe81c
 @torch.no_grad()
 def validate(
     model: RestorationModel,
@@ -185,9 +214,9 @@ def validate(
             hr, lr = (torch.from_numpy(i.pixels)[None, None].to(device) for i in (pair.hr, pair.lr))
             up = upsample(normalize(lr, pair.value_range), scale)
             generator = torch.Generator("cpu").manual_seed(number)
-            shape = model.latent_space.prior(up).shape
+            shape = model.noise_shape(up)
 
-            def noise(shape: torch.Size = shape, generator: torch.Generator = generator) -> Tensor:
+            def noise(shape: tuple[int, ...] = shape, generator: torch.Generator = generator) -> Tensor:
                 return torch.randn(shape, generator=generator).to(device)
 
             results = {"bicubic": up} | {
@@ -221,28 +250,64 @@ def _write_strip(path: Path, pictures: list[tuple[str, list[Tensor]]]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
-# %% ../nbs/42_training.ipynb #dc477a7b
+# %% ../nbs/42_training.ipynb #272d08f2
 def initial_state(config: TrainConfig, dataset: PairDataset, resumed: bool = False) -> TrainState:
     "A new model with the deviations of its data, one to be fine-tuned, or the mould of one that a checkpoint will fill."
     torch.manual_seed(config.seed)
-    if resumed:
-        model = RestorationModel(config.model)
-    elif config.initial:
-        model = load_model(config.initial)[0].requires_grad_(True)
-        if model.config != config.model:
-            raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(model.config)}")
-    else:
-        loader = batches(dataset.with_seed(config.seed + 1), config.batch, 0, config.sigma_batches)
-        sigma = measure_sigma(
-            make_codec(config.model.codec, **config.model.codec_options),
-            ((b["hr"], upsample_crop(b["lr"], config.model.scale)) for b in loader),
-        )
-        model = RestorationModel(config.model, *sigma)
+    model, codec = RestorationModel(config.model), None
+    if not resumed:
+        codec = model.latent_space.codec
+        own = codec.parameters() if config.model.codec != "vq_f4" else ()
+        if any(True for _ in own) and not config.initial:
+            fit_resampler(codec, (hr for hr, _ in _pairs(config, dataset, config.codec_iterations)))
+        if not config.initial or model.details is not None:
+            model.measure(_pairs(config, dataset, config.sigma_batches))
+        if config.initial:
+            _take_over(model, config)
     model = model.to(choose_device(config.device)).train()
+    for part, trained in ((model, False), (model.network, not config.frozen), (model.latent_space.codec, config.train_codec)):
+        part.requires_grad_(trained)
+    if model.details is not None:
+        model.details.requires_grad_(True)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not parameters or (config.frozen and not config.initial):
+        raise TrainingError("'frozen' is for the details of a model: name a trained one as 'initial', and 'model.details.kind'")
     optimizer = torch.optim.AdamW(
-        model.network.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
+        parameters.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
     )
-    return TrainState(model, {n: p.detach().clone() for n, p in model.network.named_parameters()}, optimizer)
+    return TrainState(model, {n: p.detach().clone() for n, p in parameters.items()}, optimizer)
+
+
+def _pairs(config: TrainConfig, dataset: PairDataset, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    "So many batches of (hr, up), others than those of the training itself."
+    for batch in batches(dataset.with_seed(config.seed + 1), config.batch, 0, count):
+        yield batch["hr"], upsample_crop(batch["lr"], config.model.scale)
+
+
+def _take_over(model: RestorationModel, config: TrainConfig) -> None:
+    "Fill a model from that of `initial`, which may lack the details."
+    other, _ = load_model(config.initial)
+    if dataclasses.replace(other.config, details=config.model.details) != config.model:
+        raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
+    if other.config.details not in (config.model.details, DetailConfig()):
+        raise TrainingError(f"{config.initial}: it has other details than 'model.details'; take over {resolved(other.config.details)}")
+    model.load_state_dict(model.state_dict() | other.state_dict())
+
+
+def _within_budget(config: TrainConfig, run_dir: Path, dataset: PairDataset) -> TrainConfig:
+    "`iterations` that take `cpu_minutes` of processor time, measured once per run on a state that is thrown away."
+    if not config.cpu_minutes:
+        return config
+    file = run_dir / "budget.json"
+    if not file.exists():
+        state, seconds = initial_state(config, dataset), []
+        for batch in batches(dataset, config.batch, 0, 15):
+            before = time.process_time()
+            training_step(state, batch, config)
+            seconds.append(time.process_time() - before)
+        step = float(np.median(seconds[3:]))
+        write_json(file, {"seconds_per_iteration": step, "iterations": max(1, round(config.cpu_minutes * 60 / step))})
+    return dataclasses.replace(config, iterations=json.loads(file.read_text())["iterations"])
 
 
 def train(
@@ -259,10 +324,11 @@ def train(
     (run_dir / "figures").mkdir(parents=True, exist_ok=True)
     last, log = run_dir / "last.safetensors", run_dir / "metrics.jsonl"
     dataset = PairDataset(config.train, config.kernel, config.model.scale, config.crop, config.seed)
+    config = _within_budget(config, run_dir, dataset)
     state = initial_state(config, dataset, resumed=last.exists())
     if last.exists():
         load_state(last, state, config)
-    _truncate_log(log, state.iteration)
+    state.cpu_seconds = _truncate_log(log, state.iteration)
     device = next(state.model.parameters()).device
     loader = batches(dataset, config.batch, state.iteration, config.iterations, config.workers, device.type == "cuda")
     started, first = time.monotonic(), state.iteration
@@ -291,7 +357,8 @@ def train(
             done = state.iteration == config.iterations
             if state.iteration % config.log_every == 0 or done:
                 speed = (state.iteration - first) / (time.monotonic() - started)
-                write({"loss": float(np.mean(losses)), "gradient_norm": norm, "learning_rate": rate, "iterations_per_second": speed})
+                values = {"loss": float(np.mean(losses)), "gradient_norm": norm, "learning_rate": rate}
+                write(values | {"iterations_per_second": speed, "cpu_seconds": state.cpu_seconds})
                 losses.clear()
             if state.iteration % config.validate_every == 0 or done:
                 write(_validate_and_keep_best(state, config, run_dir, board))
@@ -305,7 +372,7 @@ def train(
 def _validate_and_keep_best(state: TrainState, config: TrainConfig, run_dir: Path, board: SummaryWriter) -> dict[str, float]:
     "Judge the moving average and keep it where it is the best so far."
     judged = RestorationModel(config.model)
-    judged.load_state_dict(state.model.state_dict() | {f"network.{k}": v for k, v in state.average.items()})
+    judged.load_state_dict(state.model.state_dict() | state.average)
     judged = judged.to(next(state.model.parameters()).device).eval()
     metrics = validate(judged, config, run_dir / "figures" / "validation.png")
     picture = imread(run_dir / "figures" / "validation.png")[..., :3]
@@ -318,9 +385,11 @@ def _validate_and_keep_best(state: TrainState, config: TrainConfig, run_dir: Pat
     return metrics
 
 
-def _truncate_log(log: Path, iteration: int) -> None:
-    "Drop what was logged after the checkpoint, since it is about to be repeated."
-    if log.exists():
-        kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
-        with atomic_path(log) as temporary:
-            Path(temporary).write_text("".join(line + "\n" for line in kept))
+def _truncate_log(log: Path, iteration: int) -> float:
+    "Drop what was logged after the checkpoint, since it is about to be repeated; the processor time up to there."
+    if not log.exists():
+        return 0.0
+    kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
+    with atomic_path(log) as temporary:
+        Path(temporary).write_text("".join(line + "\n" for line in kept))
+    return max((json.loads(line).get("cpu_seconds", 0.0) for line in kept), default=0.0)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['timestep_embedding', 'zero_initialized', 'ResidualBlock', 'CompactUNet']
 
-# %% ../nbs/20_unet.ipynb #2925393e
+# %% ../nbs/20_unet.ipynb #b39609de
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/20_unet.ipynb #6fa7e5eb
+# %% ../nbs/20_unet.ipynb #6f0d7ff2
 def timestep_embedding(
     t: Tensor,  # [B], integer or real steps
     channels: int,  # even
@@ -51,11 +51,12 @@ class ResidualBlock(nn.Module):
         h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
         return self.skip(x) + h
 
-# %% ../nbs/20_unet.ipynb #8ce9f206
+# %% ../nbs/20_unet.ipynb #787d9f1b
 class CompactUNet(nn.Module):
     """Convolutional U-Net that predicts x0 from the scaled state, the step and the LR's latent.
 
-    `x` and `condition` are `[B, latent_channels, h, w]` of any size, `t` int64 `[B]`; the result has the shape of `x`.
+    `x` is `[B, latent_channels, h, w]` of any size, `condition` `[B, condition_channels, h, w]`, `t` int64 `[B]`; the
+    result has the shape of `x`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CompactUNet(nn.Module):
         blocks: int = 2,  # residual blocks per scale, going down and going up
         groups: int = 8,  # of the normalization
         embedding_channels: int = 128,
+        condition_channels: int | None = None,  # as many as the latent has where None
     ):
         super().__init__()
         if any(c % groups for c in channels):
@@ -77,7 +79,8 @@ class CompactUNet(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(channels[0], embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels), nn.SiLU()
         )
-        self.first = nn.Conv2d(2 * latent_channels, channels[0], 3, padding=1)
+        condition_channels = latent_channels if condition_channels is None else condition_channels
+        self.first = nn.Conv2d(latent_channels + condition_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList(stage([c] * blocks, c) for c in channels)
         self.shrink = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels[:-1], channels[1:], strict=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Conv1x1', 'WindowAttention', 'SwinBlock', 'SwinLayer', 'Downsample', 'Upsample', 'ResBlock', 'UNetModelSwin']
 
-# %% ../nbs/21_unet_swin.ipynb #8de293a7
+# %% ../nbs/21_unet_swin.ipynb #f53f9c1c
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .unet import timestep_embedding, zero_initialized
 from .winograd import Conv3x3
 
-# %% ../nbs/21_unet_swin.ipynb #b48e830a
+# %% ../nbs/21_unet_swin.ipynb #c93f414d
 @lru_cache(maxsize=64)  # shared by all threads and models; a size seen before costs nothing
 @torch.inference_mode(False)  # a tensor made in inference mode could never serve a training
 def _windows(
@@ -48,7 +48,7 @@ def _relative_positions(window: int) -> Tensor:  # int64 [N, N]
     dy, dx = (n.reshape(-1, 1) - n.reshape(1, -1) + window - 1 for n in (y, x))
     return (2 * window - 1) * dy + dx
 
-# %% ../nbs/21_unet_swin.ipynb #9e4f6885
+# %% ../nbs/21_unet_swin.ipynb #4885cb54
 class _GroupNorm(nn.GroupNorm):
     "GroupNorm of 32 groups that takes a single pixel, too, which `F.group_norm` refuses."
 
@@ -154,7 +154,7 @@ class SwinLayer(nn.Module):
             x = block(x)
         return self.patch_unembed.proj(x)
 
-# %% ../nbs/21_unet_swin.ipynb #59b95be3
+# %% ../nbs/21_unet_swin.ipynb #99791e5f
 class Downsample(nn.Module):
     "Half the size, by a strided convolution or by means of 2×2 pixels."
 
@@ -224,7 +224,7 @@ class _Block(nn.Sequential):
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
-# %% ../nbs/21_unet_swin.ipynb #74b14db6
+# %% ../nbs/21_unet_swin.ipynb #606c7dc7
 class UNetModelSwin(nn.Module):
     """U-Net with Swin blocks that predicts x0 (ResShift, arXiv 2307.12348; DifIISR, arXiv 2503.01187).
 

@@ -14,14 +14,16 @@ import pytest
 from difiisr_dwt.configuration import ConfigurationError
 from difiisr_dwt.datasets import DataError, read_pairs
 from difiisr_dwt.images import ThermalImage, read_image, write_image
-from difiisr_dwt.preparation import Recipe, prepare, read_recipe
+from difiisr_dwt.preparation import prepare
+from difiisr_dwt.recipes import Recipe, read_recipe
 from difiisr_dwt.thermal_scenes import render_scene
 
 SCENES = Recipe("scenes", "scenes", "scenes", "none", min_size=64)
 FOLDER = Recipe("folder", "folder", "folder", "yours", min_size=64)
 SCRIPT = """
 import sys
-from difiisr_dwt.preparation import Recipe, prepare
+from difiisr_dwt.preparation import prepare
+from difiisr_dwt.recipes import Recipe
 prepare(Recipe("scenes", "scenes", "scenes", "none", min_size=64), sys.argv[1], train=40, validation=5, size=(96, 96))
 """
 
@@ -104,10 +106,10 @@ def test_every_bad_file_is_named(tmp_path):
     (tmp_path / "in" / "broken.png").unlink()
     (tmp_path / "in" / "empty.tif").unlink()
     write_image(tmp_path / "in" / "small.png", ThermalImage.from_native(np.full((20, 200), 9, np.uint8)))
-    for suffix in (".png", ".jpg"):
-        write_image(tmp_path / "in" / f"twin{suffix}", ThermalImage.from_native(render_scene(50, (64, 64)).image))
+    for seed, suffix in ((50, ".png"), (51, ".jpg")):
+        write_image(tmp_path / "in" / f"twin{suffix}", ThermalImage.from_native(render_scene(seed, (64, 64)).image))
     manifest = prepare(FOLDER, tmp_path / "out", str(tmp_path / "in"), train=0, validation=2)
-    assert manifest["too_small"] == ["small.png (200×20)"]
+    assert [(e["origin"], e["excluded"]) for e in manifest["excluded"]] == [("small.png", "200×20, smaller than 64×64")]
     assert {"twin.png.png", "twin.jpg.png"} <= {f["name"] for f in manifest["files"]}
 
 
@@ -177,9 +179,9 @@ def test_folders_that_cannot_serve(tmp_path):
 
 def test_float_frames(tmp_path):
     """Kelvin stay kelvin in HR and LR; frames with masked pixels are named, not spread."""
-    kelvin = render_scene(3, (64, 64)).temperature
     for number in range(3):
-        write_image(tmp_path / "in" / f"{number}.tif", ThermalImage.from_native(kelvin + number))
+        kelvin = render_scene(number, (64, 64)).temperature
+        write_image(tmp_path / "in" / f"{number}.tif", ThermalImage.from_native(kelvin))
     manifest = prepare(FOLDER, tmp_path / "out", str(tmp_path / "in"), train=0, validation=1)
     assert {f["bits"] for f in manifest["files"]} == {32}
     for pair in read_pairs(tmp_path / "out" / "train"):

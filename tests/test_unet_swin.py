@@ -2,6 +2,7 @@
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from difiisr_dwt.images import shared_data
 from difiisr_dwt.unet_swin import UNetModelSwin
 
 sys.path.insert(0, str(Path(__file__).parent))
+from speed_swin import compare, randomized  # noqa: E402
 from straightforward_swin import StraightforwardSwin  # noqa: E402
 
 GOLDEN = shared_data() and shared_data().parent / 'golden'
@@ -22,19 +24,6 @@ OTHER = dict(image_size=24, in_channels=5, model_channels=32, out_channels=2, co
              channel_mult=[1, 2, 3], num_res_blocks=[2, 1, 1], num_head_channels=8, use_scale_shift_norm=True, swin_depth=3,
              swin_embed_dim=64, window_size=6, mlp_ratio=2)
 SMALL = OTHER | dict(in_channels=4, lq_size=24, swin_depth=2, channel_mult=[1, 2], num_res_blocks=[1, 1])
-
-
-def randomized(config: dict, seed: int = 0) -> UNetModelSwin:
-    "A network that does something: without zero-initialized ends, and with biases that are heard."
-    torch.manual_seed(seed)
-    model = UNetModelSwin(**config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and not name.endswith('table'):
-                parameter.normal_(std=(parameter[0].numel()) ** -0.5)
-            else:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 def example(config: dict, height: int, width: int, batch: int = 2) -> tuple[torch.Tensor, ...]:
@@ -177,3 +166,10 @@ def test_without_lq_and_impossible_requests():
     with pytest.raises(ValueError, match='power of two'): UNetModelSwin(**SMALL | dict(lq_size=36))
     with pytest.raises(ValueError, match='num_res_blocks'): UNetModelSwin(**SMALL | dict(num_res_blocks=[1]))
     with pytest.raises(ValueError, match='dims'): UNetModelSwin(**SMALL | dict(dims=3))
+
+
+def test_full_size_is_faster_than_the_plain_implementation():
+    "Processor time of one thread, in turn in one run: at least 1.3 times faster (1.45 to 1.5 measured), equal outputs."
+    found = compare(threads=1, rounds=3, clock=time.process_time)
+    assert found['difference'] < 1e-4
+    assert max(found['speedup_best'], found['speedup_median']) > 1.3, found
