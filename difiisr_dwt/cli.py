@@ -311,10 +311,54 @@ class Command:
     run: Callable[[argparse.Namespace], int] # returns the exit code
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', metavar='FILE', help='a published DifIISR, ResShift or SinSR checkpoint, or autoencoder_vq_f4.pth')
+    parser.add_argument('--out', required=True, metavar='FILE', help='the safetensors file to write')
+    parser.add_argument('--first-stage', metavar='FILE', help='autoencoder_vq_f4.pth, to go into the same file')
+    parser.add_argument('--chain', metavar='NAME', help="the checkpoint's steps and noise; by its name where left out")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from difiisr_dwt.models import ModelError
+    from difiisr_dwt.published import convert
+
+    try: print(convert(arguments.source, arguments.out, arguments.first_stage, arguments.chain))
+    except ModelError as error:
+        _say(error)
+        return 2
+    return 0
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('what', choices=('codecs',), help='codecs: encode and decode of each, of wavelet libraries and of the VQ autoencoder')
+    parser.add_argument('--names', nargs='+', default=(), metavar='NAME', help='codecs and peers; all where left out')
+    parser.add_argument('--case', nargs=3, type=_whole(1), action='append', default=[], metavar=('B', 'C', 'SIZE'), help='batch, channels and size; may be repeated')
+    parser.add_argument('--repeats', type=_whole(1), default=20, metavar='N', help='rounds in which all take turns (default: %(default)s)')
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, … (default: %(default)s)')
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from difiisr_dwt.codec_benchmark import bench_codecs, codec_targets
+    from difiisr_dwt.models import ModelError, choose_device
+    from difiisr_dwt.profiling import ProfilingError
+
+    try: rows = bench_codecs(arguments.case, arguments.names, repeats=arguments.repeats, device=choose_device(arguments.device))
+    except (ModelError, ProfilingError) as error:
+        _say(error)
+        return 2
+    print(pd.DataFrame(rows).to_string(index=False, float_format='{:.4g}'.format))
+    if targets := [t for t in codec_targets(rows) if t['measured'] is not None]: print(pd.DataFrame(targets).to_string(index=False))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     'upscale': Command('make infrared images four times larger and sharper', _upscale_arguments, upscale),
     'run': Command('run the notebooks of experiment files, skipping what is finished', _run_arguments, _run),
     'prepare': Command('make training pairs of a public set, a folder of frames, or procedural scenes', _prepare_arguments, _prepare),
+    'bench': Command('time codecs beside what they replace, in one run', _bench_arguments, _bench),
+    'convert': Command('write a published checkpoint as safetensors', _convert_arguments, _convert),
     'report': Command('gather all runs into one page', _report_arguments, _report),
 }
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .models import VQ_F4
 from .codecs import CODECS, make_codec
 from .profiling import ProfilingError, interleaved, peak_memory
 from .vq import VQModel
 
 # %% auto #0
-__all__ = ['Coder', 'PEERS', 'VQ_F4', 'TARGETS', 'available_peers', 'vq_f4', 'coder_job', 'bench_codecs', 'codec_targets']
+__all__ = ['Coder', 'PEERS', 'TARGETS', 'available_peers', 'vq_f4', 'coder_job', 'bench_codecs', 'codec_targets']
 
 # %% ../nbs/65_codec_benchmark.ipynb #4e91c71d
 Coder = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # encode(image), decode(its result) -> image
@@ -99,14 +100,6 @@ def available_peers(
     return [name for name in PEERS if name.split()[0] not in missing]
 
 # %% ../nbs/65_codec_benchmark.ipynb #519dec16
-# the first stage of DifIISR and ResShift (arXiv 2112.10752: f = 4, 8192 codes of 3 numbers)
-VQ_F4 = {
-    "embed_dim": 3, "n_embed": 8192,
-    "ddconfig": {"double_z": False, "z_channels": 3, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4],
-                 "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0, "padding_mode": "zeros"},
-}  # fmt: skip
-
-
 def vq_f4(
     channels: int = 128,  # of the first level; 128 is the published network
 ) -> VQModel:
@@ -136,7 +129,7 @@ def coder_job(
 
 
 def bench_codecs(
-    cases: Iterable[Sequence[int]] = ((1, 1, 256), (1, 3, 256), (16, 3, 256)),  # (batch, channels, size) each
+    cases: Iterable[Sequence[int]] = (),  # (batch, channels, size) each; empty for 1×1×256², 1×3×256² and 16×3×256²
     names: Sequence[str] = (),  # of `CODECS` and `PEERS`; empty for all that can run
     vq_cases: Iterable[Sequence[int]] = ((1, 3, 256),),  # the autoencoder takes seconds per image, so it runs in these alone
     repeats: int = 20,  # rounds
@@ -149,7 +142,7 @@ def bench_codecs(
     "Time and memory of encode + decode of each candidate; raises `ProfilingError` for an unknown name."
     rows, vq_cases = [], [tuple(case) for case in vq_cases]
     names = list(names) or [*CODECS, *available_peers(device)]
-    for case in map(tuple, cases):
+    for case in map(tuple, list(cases) or ((1, 1, 256), (1, 3, 256), (16, 3, 256))):
         if progress:
             progress(case)
         here = [n for n in names if n != "vq_f4" or case in vq_cases]

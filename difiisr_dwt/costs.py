@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .band_codecs import Codec, fold, unfold
 from .codec_benchmark import vq_f4
 from .codecs import make_codec
+from .models import SWIN
 from .profiling import ProfilingError, count_macs, count_parameters, interleaved, peak_memory
 from .sampling import sample_ancestral
 from .schedule import ResShiftSchedule
@@ -24,7 +25,7 @@ from .unet import CompactUNet
 from .unet_swin import UNetModelSwin
 
 # %% auto #0
-__all__ = ['SWIN', 'SYSTEMS', 'PARTS', 'TwoBranchUNet', 'Sizes', 'make_denoiser', 'System', 'system_job', 'system_macs',
+__all__ = ['SYSTEMS', 'PARTS', 'TwoBranchUNet', 'Sizes', 'make_denoiser', 'System', 'system_job', 'system_macs',
            'system_parameters', 'costs', 'cost_targets']
 
 # %% ../nbs/66_costs.ipynb #42afb570
@@ -66,12 +67,6 @@ class TwoBranchUNet(nn.Module):
         return torch.cat([coarse, *(fold(b, 2) for b in fine.split(self.image_channels, 1))], 1)
 
 # %% ../nbs/66_costs.ipynb #e65291fe
-# the denoiser of DifIISR and ResShift, but for the channels of its input and output
-SWIN = {
-    "image_size": 64, "model_channels": 160, "num_res_blocks": [2, 2, 2, 2], "attention_resolutions": [64, 32, 16, 8],
-    "channel_mult": [1, 2, 2, 4], "num_head_channels": 32, "use_scale_shift_norm": True, "swin_depth": 2, "swin_embed_dim": 192,
-    "window_size": 8, "mlp_ratio": 4,
-}  # fmt: skip
 SYSTEMS: dict[str, tuple[str, int, str]] = {  # codec, image channels, denoiser
     "original": ("vq_f4", 3, "swin"),
     "packet": ("packet", 1, "swin"),
