@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import difiisr_dwt
+from .commands import _say, _whole, bench, bench_arguments, convert, convert_arguments
 
 # %% ../nbs/70_cli.ipynb #bb7b28fd
 @dataclass(frozen=True)
@@ -86,16 +87,6 @@ def result_path(
     return path
 
 # %% ../nbs/70_cli.ipynb #341a0815
-def _say(message: Any) -> None:
-    "One sentence to the user, never in the middle of a progress bar."
-    write: Callable = print
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        write = tqdm.write
-    write(f'difiisr: {message}', file=sys.stderr)
-
-
 def _bar(total: int, unit: str, **options: Any) -> Any:
     "A progress bar on stderr."
     from tqdm import tqdm
@@ -183,7 +174,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     if arguments.threads: torch.set_num_threads(arguments.threads)
     try:
-        resolver = SuperResolver.from_pretrained(arguments.model, arguments.device)
+        resolver = SuperResolver.from_pretrained(arguments.model, arguments.first_stage, arguments.device)
         resolver.check(**_options(arguments))
         return resolver
     except ModelError as error:
@@ -222,19 +213,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    "A whole number from `least` up."
-    def parse(word: str) -> int:
-        if not word.isdecimal() or int(word) < least: raise argparse.ArgumentTypeError(f'must be a whole number from {least} up, not {word!r}')
-        return int(word)
-    return parse
-
-
 def _upscale_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('inputs', nargs='+', metavar='IN', help='image file, or folder to search (PNG, TIFF, JPEG, BMP)')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder of the results; made if missing, results of an earlier run replaced')
     parser.add_argument('--model', default='compact', metavar='NAME|PATH',
                         help='shipped model, safetensors file, or folder of a training (default: %(default)s)')
+    parser.add_argument('--first-stage', metavar='FILE', help='autoencoder_vq_f4.pth, for a published checkpoint without one')
     parser.add_argument('--steps', type=_whole(1), default=1, metavar='N', help='1: most faithful … 15: most lifelike (default: %(default)s)')
     parser.add_argument('--seed', type=_whole(0), default=0, metavar='S', help='of the noise (default: %(default)s)')
     parser.add_argument('--sampler', default='ancestral', metavar='NAME', help='ancestral, or ddim: with no noise of its own (default: %(default)s)')
@@ -311,54 +295,12 @@ class Command:
     run: Callable[[argparse.Namespace], int] # returns the exit code
 
 
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('source', metavar='FILE', help='a published DifIISR, ResShift or SinSR checkpoint, or autoencoder_vq_f4.pth')
-    parser.add_argument('--out', required=True, metavar='FILE', help='the safetensors file to write')
-    parser.add_argument('--first-stage', metavar='FILE', help='autoencoder_vq_f4.pth, to go into the same file')
-    parser.add_argument('--chain', metavar='NAME', help="the checkpoint's steps and noise; by its name where left out")
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    from difiisr_dwt.models import ModelError
-    from difiisr_dwt.published import convert
-
-    try: print(convert(arguments.source, arguments.out, arguments.first_stage, arguments.chain))
-    except ModelError as error:
-        _say(error)
-        return 2
-    return 0
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('what', choices=('codecs',), help='codecs: encode and decode of each, of wavelet libraries and of the VQ autoencoder')
-    parser.add_argument('--names', nargs='+', default=(), metavar='NAME', help='codecs and peers; all where left out')
-    parser.add_argument('--case', nargs=3, type=_whole(1), action='append', default=[], metavar=('B', 'C', 'SIZE'), help='batch, channels and size; may be repeated')
-    parser.add_argument('--repeats', type=_whole(1), default=20, metavar='N', help='rounds in which all take turns (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='cpu, cuda, … (default: %(default)s)')
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    import pandas as pd
-
-    from difiisr_dwt.codec_benchmark import bench_codecs, codec_targets
-    from difiisr_dwt.models import ModelError, choose_device
-    from difiisr_dwt.profiling import ProfilingError
-
-    try: rows = bench_codecs(arguments.case, arguments.names, repeats=arguments.repeats, device=choose_device(arguments.device))
-    except (ModelError, ProfilingError) as error:
-        _say(error)
-        return 2
-    print(pd.DataFrame(rows).to_string(index=False, float_format='{:.4g}'.format))
-    if targets := [t for t in codec_targets(rows) if t['measured'] is not None]: print(pd.DataFrame(targets).to_string(index=False))
-    return 0
-
-
 COMMANDS: dict[str, Command] = {
     'upscale': Command('make infrared images four times larger and sharper', _upscale_arguments, upscale),
     'run': Command('run the notebooks of experiment files, skipping what is finished', _run_arguments, _run),
     'prepare': Command('make training pairs of a public set, a folder of frames, or procedural scenes', _prepare_arguments, _prepare),
-    'bench': Command('time codecs beside what they replace, in one run', _bench_arguments, _bench),
-    'convert': Command('write a published checkpoint as safetensors', _convert_arguments, _convert),
+    'bench': Command('time codecs beside what they replace, in one run', bench_arguments, bench),
+    'convert': Command('write a published checkpoint as safetensors', convert_arguments, convert),
     'report': Command('gather all runs into one page', _report_arguments, _report),
 }
 

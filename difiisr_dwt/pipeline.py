@@ -81,8 +81,8 @@ class SuperResolver:
     @classmethod
     def from_pretrained(cls,
         name_or_path: str | Path = 'compact', # a shipped model, a safetensors file, a run folder, or a published checkpoint
-        device: str | torch.device = 'auto',
         first_stage: str | Path | None = None, # autoencoder_vq_f4.pth beside a published checkpoint that holds none
+        device: str | torch.device = 'auto',
         chain: str | None = None, # of a published checkpoint, see `published.CHAINS`; None: by its name
     ) -> 'SuperResolver':
         "Load a model; raises `ModelError` in one sentence where that cannot be."

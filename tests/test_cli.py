@@ -183,7 +183,7 @@ def test_formats_and_names(here, model):
     assert files(here / "out/new") == ["a.jpg.png", "a.png", "b.png", "c.png", "d.png", "day/a.png", "e.png", "f.tiff", "g.tif",
                                        "h.001.png", "h.002.png"]  # fmt: skip
     assert before == {name: (here / "in" / name).read_bytes() for name in files(here / "in")}
-    resolver = SuperResolver.from_pretrained(model, "cpu")
+    resolver = SuperResolver.from_pretrained(model, device="cpu")
     for name in ("a.png", "day/a.png", "e.png", "f.tiff", "g.tif"):
         source, result = read_image(here / "in" / name), read_image(here / "out/new" / name)
         expected = resolver.upscale(source.native(), steps=2, seed=7)
@@ -224,7 +224,7 @@ def test_earlier_results_are_replaced_and_not_read(here, model):
     for steps in ("1", "2"):
         assert cli.main(["upscale", ".", "--out", "sharp", "--model", str(model), "--steps", steps]) == 0
         assert files(here / "sharp") == ["1.png", "sub/2.png"]
-    expected = SuperResolver.from_pretrained(model, "cpu").upscale(frame(), steps=2)
+    expected = SuperResolver.from_pretrained(model, device="cpu").upscale(frame(), steps=2)
     assert np.array_equal(read_image(here / "sharp/1.png").native(), expected)
 
 

@@ -152,15 +152,15 @@ def test_super_resolver_and_conversion(files, tmp_path):
     converted, stage = tmp_path / 'all.safetensors', tmp_path / 'stage.safetensors'
     assert 'denoiser and first stage' in convert(files[0], converted, files[1], chain='resshift4')
     assert 'first stage' in convert(files[1], stage) and 'denoiser' in convert(files[0], tmp_path / 'net.safetensors')
-    resolver = SuperResolver.from_pretrained(files[0], 'cpu', first_stage=files[1])
+    resolver = SuperResolver.from_pretrained(files[0], device='cpu', first_stage=files[1])
     assert resolver.max_steps == 15 and resolver.scale == 4
     expected = resolver.upscale(frame, steps=2)
     assert expected.shape == (44, 72) and expected.dtype == np.uint8 and expected.std() > 0
-    again = SuperResolver.from_pretrained(tmp_path / 'net.safetensors', 'cpu', first_stage=stage)
+    again = SuperResolver.from_pretrained(tmp_path / 'net.safetensors', device='cpu', first_stage=stage)
     assert again.max_steps == 15 and np.abs(again.upscale(frame, steps=2).astype(int) - expected).max() <= 1
-    four = SuperResolver.from_pretrained(converted, 'cpu')
+    four = SuperResolver.from_pretrained(converted, device='cpu')
     assert four.max_steps == 4 and four.upscale(frame, steps=4).shape == expected.shape
-    assert SuperResolver.from_pretrained(converted, 'cpu', chain='sinsr').max_steps == 1
+    assert SuperResolver.from_pretrained(converted, device='cpu', chain='sinsr').max_steps == 1
     kelvin = 290 + frame.astype(np.float32) / 10
     kelvin[3, 4] = np.nan
     result = four.upscale(kelvin)
