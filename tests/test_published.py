@@ -179,7 +179,7 @@ def test_wrong_files_are_told_in_a_sentence(files, states, tmp_path):
 
     assert 'no such file' in fails(read_checkpoint, tmp_path / 'none.pth')
     assert 'first_stage=' in fails(load_published, files[0])
-    assert 'first_stage=' in fails(SuperResolver.from_pretrained, files[0], 'cpu')
+    assert 'first_stage=' in fails(SuperResolver.from_pretrained, files[0])
     assert 'give it as first_stage' in fails(load_published, files[1], files[1])
     assert 'denoiser, not a first stage' in fails(load_published, files[0], files[0])
     assert 'time_embed.0.weight' in fails(load_network, saved({'a': torch.ones(1)}))
