@@ -198,8 +198,8 @@ class BandCodec(WaveletCodec):
 
     def details(self, kept: tuple) -> Tensor:
         "The bands kept aside, coarsest first, finer ones folded: `[B, detail_channels, h, w]`."
-        copied, fine = kept[1]
-        return torch.cat([*copied, *(fold(b, 2**i) for i, triple in enumerate(fine, 1) for b in triple)], 1)
+        parts = self._folded(kept[1])
+        return torch.cat(parts, 1) if parts else super().details(kept)  # which says that there are none
 
     def with_details(self, kept: tuple, details: Tensor) -> tuple:
         "`kept` with other bands, given as `details` returns them."
@@ -209,6 +209,11 @@ class BandCodec(WaveletCodec):
         copied, parts = tuple(parts[: len(copied)]), parts[len(copied) :]
         fine = tuple(tuple(unfold(b, 2**i) for b in parts[3 * i - 3 : 3 * i]) for i in range(1, len(fine) + 1))
         return size, (copied, fine)
+
+    @staticmethod
+    def _folded(aside: tuple) -> list[Tensor]:
+        copied, fine = aside
+        return [*copied, *(fold(b, 2**i) for i, triple in enumerate(fine, 1) for b in triple)]
 
 
 class LLCodec(BandCodec):

@@ -75,7 +75,7 @@ class PyramidCodec(FullBandCodec):
 
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
         latent, aside = super()._analyse(image)
-        return torch.cat([latent, self.details((None, aside))], 1), ()
+        return torch.cat([latent, *self._folded(aside)], 1), ()
 
     def _synthesise(self, latent: Tensor, aside: tuple) -> Tensor:
         coarse = 4 * self.image_channels
