@@ -116,7 +116,7 @@ class DCTCodec(_BlockCodec):
     @staticmethod
     def _blocks(matrix: Tensor, x: Tensor) -> Tensor:
         b, k, h, w = x.shape
-        return torch.matmul(matrix, x.reshape(b, len(matrix), -1)).reshape(b, k, h, w)
+        return torch.matmul(matrix, x.reshape(b, len(matrix), k // len(matrix) * h * w)).reshape(b, k, h, w)
 
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
         return self._blocks(self._basis(image), fold(image, self.factor)), ()

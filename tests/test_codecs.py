@@ -47,10 +47,9 @@ def extremes(height=40, width=24, dtype=torch.float32):
 
 
 def build(name, image_channels=1, **options):
-    if name in LOSSY or name in ("dct", "pixel"): options = {k: v for k, v in options.items() if k != "level"} | (
-        {"level": options["level"]} if "level" in options and name not in LOSSY else {})
-    if name in ("dct", "pixel"): options = {k: v for k, v in options.items() if k == "level"}
-    return make_codec(name, image_channels, **options)
+    "A codec with those of the options that it has; `all_bands` at its only level."
+    unknown = {"level"} if name in LOSSY else {"wavelet", "backend"} if name in ("dct", "pixel") else set()
+    return make_codec(name, image_channels, **{k: v for k, v in options.items() if k not in unknown})
 
 
 def tensors(kept):
@@ -98,14 +97,15 @@ def test_perfect_reconstruction_defect(wavelet):
     "In float64 what is left is the error of PyWavelets' own filter tables, not of the transform."
     exact, bound = wavelet in EXACT, float(defect(wavelet))
     assert (bound < 1e-14) == exact
+    image = extremes(dtype=torch.float64)
     for name in ("packet", "pyramid", "full_band"):
         for level in (1, 2, 3):
-            error = largest(build(name, wavelet=wavelet, level=level)(extremes(dtype=torch.float64)) - extremes(dtype=torch.float64))
+            error = largest(build(name, wavelet=wavelet, level=level)(image) - image)
             # twice per level, and through the inverse of the coarser levels, which can enlarge it a little
             assert error <= (1e-12 if exact else 2 * level * 2 * bound + 1e-13), (name, level)
-            theirs = pywt.waverec2(pywt.wavedec2(extremes(dtype=torch.float64).numpy(), wavelet, "periodization", 1), wavelet, "periodization")
             if level == 1 and not exact:  # PyWavelets has the same error
-                assert largest(torch.from_numpy(theirs) - extremes(dtype=torch.float64)) == pytest.approx(error, rel=0.05)
+                theirs = pywt.idwt2(pywt.dwt2(image.numpy(), wavelet, "periodization"), wavelet, "periodization")
+                assert largest(torch.from_numpy(theirs) - image) == pytest.approx(error, rel=0.05)
 
 
 def test_every_discrete_wavelet():
@@ -189,7 +189,7 @@ def test_dct_and_pixel_against_numpy():
 
 def test_bands_against_pywavelets():
     image = random_image(2, 1, 16, 24)
-    low, (lh, hl, hh), fine = (lambda c: (c[0], c[1], c[2]))(pywt.wavedec2(image.numpy(), "db2", "periodization", 2))
+    low, (lh, hl, hh), fine = pywt.wavedec2(image.numpy(), "db2", "periodization", 2)
     expected = [torch.from_numpy(b) for b in (low, lh, hl, hh)]
     for name, bands in (("ll", (0,)), ("ll_hh", (0, 3)), ("full_band", (0, 1, 2, 3))):
         latent, (_, (copied, rest)) = make_codec(name, wavelet="db2").encode(image)
@@ -218,7 +218,7 @@ def test_gradients(name, wavelet):
         assert torch.autograd.gradcheck(codec, image)  # through what is kept aside too
         if codec.detail_channels:
             details = codec.details(kept).requires_grad_()
-            assert torch.autograd.gradcheck(lambda d, c=codec, z=latent.detach(), k=kept: c.decode(z, c.with_details(k, d)), details)
+            assert torch.autograd.gradcheck(lambda d, c=codec, z=latent, k=kept: c.decode(z, c.with_details(k, d)), details)
 
 
 def gradient_reaches_every_channel(codec, image):
@@ -282,11 +282,6 @@ def test_resampler_is_trained_and_frozen():
 
 # Backends
 
-def shortest(size, level):
-    "Length of the shortest signal that is split."
-    return min(-(-n // 2**level) * 2 for n in size)
-
-
 @pytest.mark.parametrize("wavelet", ("haar", "db2", "db4", "sym4", "coif1", "bior1.3", "bior2.2", "bior3.1", "bior4.4", "rbio3.1", "db8"))
 def test_backends_agree(wavelet):
     with warnings.catch_warnings():
@@ -300,7 +295,8 @@ def test_backends_agree(wavelet):
                 latent, kept = native.encode(image)
                 noise = random_image(*latent.shape, seed=1)  # not only where the inverse undoes the transform
                 decoded = native.decode(noise, kept)
-                for backend, bound in (("pywavelets", 1e-11), ("pytorch-wavelets", 5e-6)):  # the latter has float32 filters
+                for backend, bound in (("pywavelets", 1e-12), ("pytorch-wavelets", 1e-6)):  # the latter has float32 filters
+                    bound = bound * max(1, largest(latent))
                     other = build(name, 2, wavelet=wavelet, level=level, backend=backend).double()
                     other.load_state_dict(native.state_dict())
                     with torch.no_grad():
@@ -308,7 +304,23 @@ def test_backends_agree(wavelet):
                         assert theirs.dtype == latent.dtype and largest(theirs - latent) <= bound, (name, backend, size)
                         for a, b in zip(tensors(aside), tensors(kept), strict=True): assert largest(a - b) <= bound
                         assert largest(other.decode(noise, kept) - decoded) <= bound, (name, backend, size)
-                        assert largest(other.encode(image.float())[0] - latent) <= 1e-5 if name != "all_bands_learnable" else True
+
+
+def test_pytorch_wavelets_is_wrong_for_short_images():
+    "A bug of its own: `roll` and one addition wrap the border once, so a filter longer than the image leaves something out."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = pytest.importorskip("pytorch_wavelets", exc_type=ImportError)
+    for wavelet, length in (("db2", 4), ("bior1.3", 6), ("db4", 8), ("coif3", 18)):
+        for n in range(2, 2 * length, 2):
+            image = random_image(1, 1, n, n).float()
+            expected = pywt.dwt2(image.numpy(), wavelet, "periodization")[0]
+            theirs = other.DWTForward(J=1, wave=wavelet, mode="periodization")(image)[0].numpy()
+            assert (abs(theirs - expected).max() > 1e-4) == (n < length)
+            if n >= length: continue
+            codec = make_codec("packet", wavelet=wavelet, level=1, backend="pytorch-wavelets")
+            with pytest.raises(ValueError, match="wrong for images shorter"): codec.encode(image)
+            with pytest.raises(ValueError, match="wrong for images shorter"): codec.decode(torch.zeros(1, 4, n // 2, n // 2), ((n, n), ()))
 
 
 @pytest.mark.parametrize("name", ON_WAVELETS)
@@ -359,7 +371,7 @@ def test_threads_and_batches_in_turn(name, backend):
         kept = codec.encode(first)[1]
         latent = codec.encode(second)[0]
         mixed = codec.decode(latent, kept)
-        assert largest(mixed - second) > 0.1 and torch.equal(codec.encode(mixed)[0].shape and mixed, codec.decode(latent, kept))
+        assert largest(mixed - second) > 0.1 and torch.equal(mixed, codec.decode(latent, kept))
         torch.testing.assert_close(codec.details(codec.encode(mixed)[1]), codec.details(kept), rtol=0, atol=1e-5)
         torch.testing.assert_close(codec.encode(mixed)[0], latent, rtol=0, atol=1e-5)
 
@@ -438,8 +450,9 @@ def test_compiles_and_exports(wavelet, name):
     expected, expected_larger = module(image), module(larger)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(image), expected)
-    torch.testing.assert_close(torch.export.export(module, (image,)).module()(image), expected)
-    if name == "vq_f4": return  # chunks of its codebook search follow the size
+    if name == "vq_f4":  # static: the chunks of its codebook search follow the size
+        torch.testing.assert_close(torch.export.export(module, (image,)).module()(image), expected)
+        return
     shape = {0: torch.export.Dim("batch", min=1, max=64)}
     shape |= {d: 8 * torch.export.Dim(k, min=1, max=512) for d, k in ((2, "height"), (3, "width"))}
     exported = torch.export.export(module, (image,), dynamic_shapes=(shape,)).module()
@@ -504,8 +517,7 @@ def test_every_codec_is_tested():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name, wavelet", [("packet", "haar"), ("pyramid", "db2")])
-def test_inductor(name, wavelet):
+def test_inductor():
     torch._dynamo.reset()
-    module, image = Halves(build(name, wavelet=wavelet)), random_image(2, 1, 16, 24).float()
+    module, image = Halves(make_codec("packet")), random_image(2, 1, 16, 24).float()
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(image), module(image), rtol=0, atol=1e-5)
