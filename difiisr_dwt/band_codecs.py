@@ -110,7 +110,13 @@ def _torch_wavedec(x: Tensor, wavelet: str, level: int) -> list:
     return wavedec2(x, wavelet, level)
 
 
-def _other_wavelets() -> Any:
+def _other_wavelets(wavelet: str, shortest: int) -> Any:
+    length = pywt.Wavelet(wavelet).dec_len
+    if shortest < length:  # it adds what sticks out to the other end once, and drops what sticks out of that
+        raise ValueError(
+            f"backend 'pytorch-wavelets' is wrong for images shorter at the coarsest level ({shortest}) "
+            f"than the filter of {wavelet!r} ({length}); use 'native', or a larger image"
+        )
     try:
         import pytorch_wavelets
     except ImportError as error:
@@ -119,13 +125,15 @@ def _other_wavelets() -> Any:
 
 
 def _pytorch_wavedec(x: Tensor, wavelet: str, level: int) -> list:
-    low, high = _other_wavelets().DWTForward(J=level, wave=wavelet, mode="periodization").to(x)(x)
+    shortest = min(x.shape[-2:]) // 2 ** (level - 1)
+    low, high = _other_wavelets(wavelet, shortest).DWTForward(J=level, wave=wavelet, mode="periodization").to(x)(x)
     return [low, *(tuple(bands.unbind(2)) for bands in reversed(high))]
 
 
 def _pytorch_waverec(coefficients: list, wavelet: str) -> Tensor:
-    high = [torch.stack(bands, 2) for bands in reversed(coefficients[1:])]
-    return _other_wavelets().DWTInverse(wave=wavelet, mode="periodization").to(high[0])((coefficients[0], high))
+    low, high = coefficients[0], [torch.stack(bands, 2) for bands in reversed(coefficients[1:])]
+    library = _other_wavelets(wavelet, 2 * min(low.shape[-2:]))
+    return library.DWTInverse(wave=wavelet, mode="periodization").to(high[0])((low, high))
 
 
 def _to_numpy(x: Tensor) -> np.ndarray:
@@ -198,8 +206,9 @@ class BandCodec(WaveletCodec):
 
     def details(self, kept: tuple) -> Tensor:
         "The bands kept aside, coarsest first, finer ones folded: `[B, detail_channels, h, w]`."
-        copied, fine = kept[1]
-        return torch.cat([*copied, *(fold(b, 2**i) for i, triple in enumerate(fine, 1) for b in triple)], 1)
+        if not self.detail_channels:
+            return super().details(kept)  # says that there are none
+        return torch.cat(self._folded(kept[1]), 1)
 
     def with_details(self, kept: tuple, details: Tensor) -> tuple:
         "`kept` with other bands, given as `details` returns them."
@@ -209,6 +218,11 @@ class BandCodec(WaveletCodec):
         copied, parts = tuple(parts[: len(copied)]), parts[len(copied) :]
         fine = tuple(tuple(unfold(b, 2**i) for b in parts[3 * i - 3 : 3 * i]) for i in range(1, len(fine) + 1))
         return size, (copied, fine)
+
+    @staticmethod
+    def _folded(aside: tuple) -> list[Tensor]:
+        copied, fine = aside
+        return [*copied, *(fold(b, 2**i) for i, triple in enumerate(fine, 1) for b in triple)]
 
 
 class LLCodec(BandCodec):

@@ -75,7 +75,7 @@ class PyramidCodec(FullBandCodec):
 
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
         latent, aside = super()._analyse(image)
-        return torch.cat([latent, self.details((None, aside))], 1), ()
+        return torch.cat([latent, *self._folded(aside)], 1), ()
 
     def _synthesise(self, latent: Tensor, aside: tuple) -> Tensor:
         coarse = 4 * self.image_channels
@@ -116,7 +116,7 @@ class DCTCodec(_BlockCodec):
     @staticmethod
     def _blocks(matrix: Tensor, x: Tensor) -> Tensor:
         b, k, h, w = x.shape
-        return torch.matmul(matrix, x.reshape(b, len(matrix), -1)).reshape(b, k, h, w)
+        return torch.matmul(matrix, x.reshape(b, len(matrix), k // len(matrix) * h * w)).reshape(b, k, h, w)
 
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
         return self._blocks(self._basis(image), fold(image, self.factor)), ()
