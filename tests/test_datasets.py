@@ -238,6 +238,15 @@ def test_a_chain_sees_the_crop_with_its_surroundings(monkeypatch):
     assert len(set(seeds)) == 20
 
 
+def _best_shift(lr: torch.Tensor, hr: torch.Tensor, reach: int = 2) -> tuple[int, int]:
+    """By how many pixels an image [h, w] must be moved to resemble another most."""
+    h, w = (n - 2 * reach for n in hr.shape)
+    middle = hr[reach : reach + h, reach : reach + w].flatten()
+    shifts = [(y, x) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1)]
+    parts = [lr[reach + y : reach + y + h, reach + x : reach + x + w].flatten() for y, x in shifts]
+    return shifts[int(torch.stack([torch.corrcoef(torch.stack([middle, part]))[0, 1] for part in parts]).argmax())]
+
+
 @pytest.mark.parametrize("name", list(CHAINS))
 def test_chains_are_drawn_anew_and_always_the_same(name):
     """Another LR for each sample and seed; the same for the same, whoever asks; aligned with HR; on the grid of the file's type."""
@@ -250,11 +259,12 @@ def test_chains_are_drawn_anew_and_always_the_same(name):
     related = []
     for item in first:
         inner = item["lr"][..., MARGIN:-MARGIN, MARGIN:-MARGIN]
-        related.append(torch.corrcoef(torch.stack([inner.flatten(), torch.nn.functional.avg_pool2d(item["hr"], 4).flatten()]))[0, 1])
+        related.append(_best_shift(inner[0], torch.nn.functional.avg_pool2d(item["hr"], 4)[0]))
         levels = item["lr"].unique().diff()
         steps = levels / levels.min()
         assert (steps - steps.round()).abs().max() < 0.02 * steps.max()  # whole grey levels apart
-    assert torch.stack(related).median() > 0.8
+    # LR lies where HR does: of all shifts by up to two pixels, none fits best in most of the samples
+    assert sum(shift == (0, 0) for shift in related) >= len(related) / 2, related
     repeated = PairDataset(["scenes:1"], name, crop=256, augment=False)  # one frame, one crop: only the chain differs
     assert torch.equal(repeated[0]["hr"], repeated[1]["hr"]) and not torch.equal(repeated[0]["lr"], repeated[1]["lr"])
     pair, again = (next(read_pairs("scenes:1", name)) for _ in range(2))
@@ -286,7 +296,8 @@ def test_pairs_of_any_type_share_one_range(tmp_path, dtype):
     a, b = (PairDataset([source], crop=32, cache=tmp_path / "cache") for source in (own, made))
     for i in range(12):
         assert torch.allclose(a[i]["hr"], b[i]["hr"], atol=1e-4) and torch.allclose(a[i]["lr"], b[i]["lr"], atol=1e-4)
-        assert -3 < a[i]["hr"].min() < a[i]["hr"].max() < 3  # the frame fills the network's range
+    seen = torch.stack([a[i]["hr"] for i in range(12)])  # frames fill the network's range, but for what is hottest and coldest
+    assert -2 < seen.quantile(0.02) < 0 < seen.quantile(0.98) < 2 and seen.std() > 0.1
 
 
 # ---- prepared folders
