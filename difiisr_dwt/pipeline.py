@@ -20,6 +20,7 @@ from torch import Tensor
 import difiisr_dwt
 from .configuration import unknown_key_message
 from .degradations import upsample
+from .guidance import Guidance
 from .images import ThermalImage, denormalize, level, normalize, robust_range
 from .models import ModelError, RestorationModel, choose_device, load_model
 from .published import PublishedModel, is_published, load_published, published_tiles, reflect_pad
@@ -118,10 +119,11 @@ class SuperResolver:
         value_range: tuple[float, float] | None = None, # native values seen as [-1, 1], common to a sequence; None: the frame's
         tile: int = TILE, # LR pixels along a side, at most 128 for published models; 0 for the whole image at once
         callback: Callable[[int, int], None] | None = None, # called with (done, total) steps of all tiles: at first, and after each
+        guide: Callable[[Tensor], Guidance] | None = None, # what steers the chain, for an LR tile [1, 1, h, w] in [0, 1]
     ) -> np.ndarray: # [4·H, 4·W], same dtype; integers rounded and clipped
         "Super-resolve native values; raises `ModelError` for an impossible request, `ImageError` for no single frame."
         image = ThermalImage.from_native(array)
-        return self.upscale_image(image, steps, seed, sampler, value_range, tile, callback).native()
+        return self.upscale_image(image, steps, seed, sampler, value_range, tile, callback, guide).native()
 
     def upscale_image(self,
         image: ThermalImage,
@@ -131,12 +133,16 @@ class SuperResolver:
         value_range: tuple[float, float] | None = None,
         tile: int = TILE,
         callback: Callable[[int, int], None] | None = None,
+        guide: Callable[[Tensor], Guidance] | None = None,
     ) -> ThermalImage: # 4 times the size, same dtype, range and metadata; pixels not clipped
         "Super-resolve an image as `read_image` gives it."
         self.check(steps, seed, sampler, tile)
+        if guide and isinstance(self.model, PublishedModel):
+            raise ModelError('guidance steers models of this package, this is a published one; leave guide out')
         seen = self._pixel_range(image, value_range)
         lr = torch.from_numpy(normalize(fill_masked(image.pixels), seen))[None, None]
-        pixels = denormalize(self._restore(lr, steps, seed, sampler, tile, callback), seen)
+        with torch.no_grad() if guide else torch.inference_mode(): # a gradient inside needs tensors that can have one
+            pixels = denormalize(self._restore(lr, steps, seed, sampler, tile, callback, guide), seen)
         masked = ~np.isfinite(image.pixels)
         if masked.any():
             pixels = np.where(_enlarge(masked, self.scale), _enlarge(image.pixels, self.scale), pixels)
@@ -151,8 +157,8 @@ class SuperResolver:
             raise ModelError(f'value_range must be two rising finite numbers, not {value_range}')
         return (low - lo) / (hi - lo), (high - lo) / (hi - lo)
 
-    @torch.inference_mode()
-    def _restore(self, lr: Tensor, steps: int, seed: int, sampler: str, tile: int, callback: Callable | None) -> np.ndarray:
+    def _restore(self, lr: Tensor, steps: int, seed: int, sampler: str, tile: int,
+                 callback: Callable | None, guide: Callable | None) -> np.ndarray:
         "Normalized LR [1, 1, h, w] to normalized SR float32 [scale·h, scale·w], tile by tile."
         height, width = size = lr.shape[-2:]
         if isinstance(self.model, PublishedModel):
@@ -170,7 +176,8 @@ class SuperResolver:
         for number, part in enumerate(tiles):
             seen = self._seen(lr, part).to(self.device)
             progress = _progress(callback, number * steps, len(tiles) * steps)
-            restored = self.model.restore(seen, steps, sampler, self._noise_sampler(seed, part), progress)
+            steered = {'guidance': guide((self._under(lr, part).to(self.device) + 1) / 2)} if guide else {}
+            restored = self.model.restore(seen, steps, sampler, self._noise_sampler(seed, part), progress, **steered)
             top, left = part.top * self.scale, part.left * self.scale
             target = result[top:top + restored.shape[-2], left:left + restored.shape[-1]]
             target += part.weight * restored[0, 0].cpu().numpy()
@@ -178,9 +185,11 @@ class SuperResolver:
 
     def _seen(self, lr: Tensor, part: Tile) -> Tensor:
         "What the model is given of a tile: a published one the LR, ours its up-sampling."
-        if isinstance(self.model, PublishedModel):
-            return lr[..., part.top:part.top + part.height, part.left:part.left + part.width]
-        return self._upsampled(lr, part)
+        return self._under(lr, part) if isinstance(self.model, PublishedModel) else self._upsampled(lr, part)
+
+    @staticmethod
+    def _under(lr: Tensor, part: Tile) -> Tensor:
+        return lr[..., part.top:part.top + part.height, part.left:part.left + part.width]
 
     def _noise_sampler(self, seed: int, part: Tile) -> Callable[[], Tensor]:
         "What lies under a tile, of one field after another."

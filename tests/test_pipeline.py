@@ -1,11 +1,14 @@
 """The super-resolver: any size and dtype, tiles without seams, masks, sequences, and requests that cannot be met."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from difiisr_dwt import pipeline
 from difiisr_dwt.degradations import downsample_pixels
+from difiisr_dwt.guidance import Guidance, measure_spectrum, reference_free
 from difiisr_dwt.images import ImageError, ThermalImage, robust_range
 from difiisr_dwt.models import ModelConfig, ModelError, NetworkConfig, RestorationModel, save_model
 from difiisr_dwt.pipeline import SuperResolver, available_models, find_model
@@ -190,3 +193,22 @@ def test_progress_is_told(resolver):
     told = []
     resolver.upscale(scene(70, 100), steps=2, tile=64, callback=lambda done, total: told.append((done, total)))
     assert told == [(i, 8) for i in range(9)]
+
+
+def test_guide_steers_each_tile(resolver):
+    """A reference-free guide is built for every LR tile and changes the result; without strength it changes nothing."""
+    prior = measure_spectrum(torch.rand(4, 1, 1, 128, 128))
+    frame = np.random.default_rng(0).integers(60, 200, (80, 40), dtype=np.uint8)
+    seen = []
+
+    def guide(rho: float) -> Callable[[torch.Tensor], Guidance]:
+        def build(lr: torch.Tensor) -> Guidance:
+            seen.append(tuple(lr.shape))
+            return Guidance(reference_free(lr, prior, "bicubic"), rho)
+
+        return build
+
+    plain = resolver.upscale(frame, steps=2, tile=64)
+    assert np.array_equal(resolver.upscale(frame, steps=2, tile=64, guide=guide(0.0)), plain)
+    assert len(seen) > 1 and all(shape[:2] == (1, 1) and max(shape[2:]) <= 64 for shape in seen)
+    assert not np.array_equal(resolver.upscale(frame, steps=2, tile=64, guide=guide(1.0)), plain)
