@@ -53,8 +53,10 @@ class Codec(nn.Module):
         "Latent of an image `[B, C, H, W]`, and what is kept aside."
         height, width = image.shape[-2:]
         with self._precision(image):
-            padded = F.pad(image, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
-            latent, aside = self._analyse(padded)
+            right, below = -width % self.factor, -height % self.factor
+            if right or below:  # a padding by nothing would copy the image
+                image = F.pad(image, (0, right, 0, below), mode="replicate")
+            latent, aside = self._analyse(image)
             return latent if self.scale is None else latent / self.scale.to(latent), ((height, width), aside)
 
     def decode(self, latent: Tensor, kept: Any) -> Tensor:
