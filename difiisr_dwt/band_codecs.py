@@ -166,22 +166,7 @@ BACKENDS: dict[str, tuple[Callable[..., list], Callable[..., Tensor]]] = {
 class WaveletCodec(Codec):
     "What codecs on wavelets have in common: options, and a check of them."
 
-    def __init__(self, image_channels: int, bands: int | None, wavelet: str, level: int, backend: str, scale: Any):
-        if level not in (1, 2, 3):
-            raise ValueError(f"level must be 1, 2 or 3, not {level!r}")
-        if backend not in BACKENDS:
-            raise ValueError(unknown_key_message(str(backend), BACKENDS, what="backend"))
-        dwt2(torch.zeros(2, 2), wavelet)  # names the nearest wavelet where there is none of that name
-        super().__init__(image_channels, (bands or 4**level) * image_channels, 2**level, scale)
-        self.wavelet, self.level, self.backend = wavelet, level, backend
-        self._wavedec, self._waverec = BACKENDS[backend]
-
-
-class BandCodec(WaveletCodec):
-    "Some bands of the coarsest level; the others, and all finer ones, are kept. Sizes divide by `2^level`."
-
-    diffused: tuple[int, ...] = ()  # of (LL, LH, HL, HH)
-    folded = False  # whether the details are part of the latent
+    bands: int | None = None  # in the latent; None for all 4^level
 
     def __init__(
         self,
@@ -191,9 +176,40 @@ class BandCodec(WaveletCodec):
         backend: str = "native",  # one of `BACKENDS`
         scale: Sequence[float] | None = None,
     ):
-        super().__init__(image_channels, None if self.folded else len(self.diffused), wavelet, level, backend, scale)
-        self.copied = tuple(i for i in range(4) if i not in self.diffused)
-        self.detail_channels = image_channels * 4**level - self.channels  # none where they are folded in
+        self._check_level(level)
+        if backend not in BACKENDS:
+            raise ValueError(unknown_key_message(str(backend), BACKENDS, what="backend"))
+        dwt2(torch.zeros(2, 2), wavelet)  # names the nearest wavelet where there is none of that name
+        super().__init__(image_channels, (self.bands or 4**level) * image_channels, 2**level, scale)
+        self.wavelet, self.level, self.backend = wavelet, level, backend
+        self._wavedec, self._waverec = BACKENDS[backend]
+
+    @staticmethod
+    def _check_level(level: int) -> None:
+        if level not in (1, 2, 3):
+            raise ValueError(f"level must be 1, 2 or 3, not {level!r}")
+
+
+class BandCodec(WaveletCodec):
+    "Some bands of the coarsest level; the others, and all finer ones, are kept. Sizes divide by `2^level`."
+
+    diffused: tuple[int, ...] = ()  # of (LL, LH, HL, HH)
+    folded = False  # whether the details are part of the latent
+
+    @property
+    def bands(self) -> int | None:
+        "In the latent: those diffused, or all."
+        return None if self.folded else len(self.diffused)
+
+    @property
+    def copied(self) -> tuple[int, ...]:
+        "Bands of the coarsest level that are not diffused."
+        return tuple(i for i in range(4) if i not in self.diffused)
+
+    @property
+    def detail_channels(self) -> int:
+        "Channels of what is kept aside, none where it is folded in."
+        return self.image_channels * 4**self.level - self.channels
 
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
         low, coarse, *fine = self._wavedec(image, self.wavelet, self.level)
@@ -248,20 +264,14 @@ class FullBandCodec(BandCodec):
 class AllBandsCodec(WaveletCodec):
     "Both levels' bands, level-1 details resized to level 2: `7·C` channels at a quarter of the size, lossy."
 
-    def __init__(
-        self,
-        image_channels: int = 1,
-        wavelet: str = "haar",
-        level: int = 2,
-        backend: str = "native",
-        scale: Sequence[float] | None = None,
-    ):
+    bands, lossless = 7, False
+
+    @staticmethod
+    def _check_level(level: int) -> None:
         if level != 2:
             raise ValueError(
                 f"level {level!r} makes no sense here: the level-1 details are resized to level 2, so level must be 2"
             )
-        super().__init__(image_channels, 7, wavelet, level, backend, scale)
-        self.lossless = False
 
     def _shrink(self, details: Tensor) -> Tensor:
         return F.avg_pool2d(details, 2)  # area

@@ -32,16 +32,6 @@ from .wavelets import ipacket2, packet2
 class PacketCodec(WaveletCodec):
     "Wavelet packet: lossless, no parameters, `C·4^level` channels at `1/2^level` of the size."
 
-    def __init__(
-        self,
-        image_channels: int = 1,
-        wavelet: str = "haar",
-        level: int = 2,
-        backend: str = "native",
-        scale: Sequence[float] | None = None,
-    ):
-        super().__init__(image_channels, None, wavelet, level, backend, scale)
-
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
         if self.backend == "native":
             return packet2(image, self.wavelet, self.level), ()

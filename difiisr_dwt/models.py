@@ -136,8 +136,11 @@ class RestorationModel(nn.Module):
         weights: bool = True,  # whether a codec reads its own, as `codec_options.weights` says
     ):
         super().__init__()
-        choices = ((config.condition, CONDITIONS), (config.details.kind, DETAILS), (config.architecture, ARCHITECTURES))
-        for key, (value, known) in zip(("condition", "kind of details", "architecture"), choices, strict=True):
+        for key, value, known in (
+            ("condition", config.condition, CONDITIONS),
+            ("kind of details", config.details.kind, DETAILS),
+            ("architecture", config.architecture, ARCHITECTURES),
+        ):
             if value not in known:
                 raise ValueError(unknown_key_message(str(value), known, what=key))
         self.config = config

@@ -215,7 +215,7 @@ def initial_state(config: TrainConfig, dataset: PairDataset, resumed: bool = Fal
     torch.manual_seed(config.seed)
     if config.model.codec == "vq_f4" and not (config.initial or config.model.codec_options.get("weights")):
         raise TrainingError("codec 'vq_f4' needs a trained first stage: name its safetensors as model.codec_options.weights")
-    model = RestorationModel(config.model)
+    model = RestorationModel(config.model, weights=not resumed)
     if not resumed:
         codec = model.latent_space.codec
         own = codec.parameters() if config.model.codec != "vq_f4" else ()
@@ -337,7 +337,7 @@ def train(
 
 def _validate_and_keep_best(state: TrainState, config: TrainConfig, run_dir: Path, board: SummaryWriter) -> dict[str, float]:
     "Judge the moving average and keep it where it is the best so far."
-    judged = RestorationModel(config.model)
+    judged = RestorationModel(config.model, weights=False)  # they come with the state
     judged.load_state_dict(state.model.state_dict() | state.average)
     judged = judged.to(next(state.model.parameters()).device).eval()
     kernels = [config.kernel] if isinstance(config.kernel, str) else config.kernel
