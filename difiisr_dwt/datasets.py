@@ -8,6 +8,7 @@ __all__ = ['MARGIN', 'CONTEXT', 'interleave', 'PairDataset', 'upsample_crop', 'b
 
 # %% ../nbs/41_datasets.ipynb #6bb7fb82
 import copy
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -137,6 +138,16 @@ class PairDataset(Dataset):
         self.groups.append([(len(self.items), i) for i in frames])
         self.items.append(items)
 
+    def fingerprint(self) -> str:
+        "Hash of the frames, of a pixel in 64 each: what tells whether a run goes on with the data it began with."
+        digest = hashlib.sha256()
+        for items in self.items:
+            for kind in sorted(items):
+                for array, info in items[kind]:
+                    digest.update(f"{kind} {array.shape} {array.dtype} {info.get('range')}".encode())
+                    digest.update(np.ascontiguousarray(array[::8, ::8] if array.ndim == 2 else array).tobytes())
+        return digest.hexdigest()[:16]
+
     def with_seed(self, seed: int) -> "PairDataset":
         "The same frames under another seed, without reading them again."
         other = copy.copy(self)
@@ -219,9 +230,15 @@ def batches(
     stop: int,  # number of the batch after the last
     workers: int = 0,  # processes that make samples; frames held in memory are copied to each, those of a cache are not
     pin_memory: bool = False,  # for copies to a GPU
+    rank: int = 0,  # of the process that asks
+    processes: int = 1,  # that share each batch
 ) -> DataLoader:
-    "Batches start … stop − 1 in their order, the same ones whoever asks and whenever."
+    "This process's parts of batches start … stop − 1 in their order, the same ones whoever asks and whenever."
+    part = batch // processes
+    numbers = range(start * batch, stop * batch)
+    if processes > 1:
+        numbers = [i * batch + rank * part + k for i in range(start, stop) for k in range(part)]
     return DataLoader(
-        dataset, batch_size=batch, sampler=range(start * batch, stop * batch), num_workers=workers,
+        dataset, batch_size=part, sampler=numbers, num_workers=workers,
         pin_memory=pin_memory, persistent_workers=False, multiprocessing_context="spawn" if workers else None,
     )

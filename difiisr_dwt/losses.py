@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['latent_mse', 'kl_weights', 'decoded_loss', 'charbonnier', 'sobel', 'edge_loss', 'thermal_spectrum', 'spectrum_loss',
-           'feature_loss']
+           'feature_loss', 'discriminator_loss', 'adversarial_loss', 'r1_penalty', 'step_weights', 'ramp']
 
 # %% ../nbs/32_losses.ipynb #3b79137f
 import math
@@ -116,3 +116,28 @@ def feature_loss(
         with torch.no_grad():
             wanted = features(_full(truth))
         return torch.stack([(a - b).square().flatten(1).mean(1) for a, b in zip(features(_full(image)), wanted)]).mean(0)
+
+
+def discriminator_loss(real, fake):
+    return (torch.nn.functional.softplus(-real) .mean((1,2,3))+ torch.nn.functional.softplus(fake).mean((1,2,3)))
+
+
+def adversarial_loss(fake):
+    return torch.nn.functional.softplus(-fake).mean((1, 2, 3))
+
+
+def r1_penalty(discriminator, real):
+    real = real.detach().requires_grad_()
+    (g,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+    return g.square().sum((1, 2, 3))
+
+
+def step_weights(schedule, kind):
+    n = len(schedule)
+    t = torch.arange(n)
+    return torch.ones(n) if kind == "all" else torch.where(t < n / 3, 1.0, torch.where(t < 2 * n / 3, 0.1, 0.001))
+
+
+def ramp(p, start, end, shape="linear"):
+    return start + (end - start) * p
+

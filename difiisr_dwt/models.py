@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SWIN', 'VQ_F4', 'SAMPLERS', 'DETAILS', 'CONDITIONS', 'ARCHITECTURES', 'NetworkConfig', 'DetailConfig', 'ModelConfig',
-           'ModelError', 'choose_device', 'RestorationModel', 'write_tensors', 'save_model', 'load_model']
+           'ModelError', 'choose_device', 'RestorationModel', 'write_tensors', 'save_model', 'load_model',
+           'available_models', 'find_model']
 
 # %% ../nbs/40_models.ipynb #bf9d20db
 import dataclasses
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+import difiisr_dwt
 from .codecs import Codec, DetailCodec, make_codec
 from .configuration import ConfigurationError, configure, resolved, unknown_key_message
 from .images import atomic_path
@@ -85,6 +87,7 @@ class ModelConfig:
     network: NetworkConfig = NetworkConfig()  # of compact
     swin: dict = field(default_factory=dict)  # changes to `SWIN`
     details: DetailConfig = DetailConfig()
+    max_steps: int = 0  # that it was trained for, 1 for a distilled model; 0: any of the schedule
 
 
 SAMPLERS: dict[str, Callable] = {"ancestral": sample_ancestral, "ddim": sample_ddim}
@@ -176,6 +179,11 @@ class RestorationModel(nn.Module):
         return self.config.schedule
 
     @property
+    def max_steps(self) -> int:
+        "The most steps that `restore` takes."
+        return self.config.max_steps or self.schedule.steps
+
+    @property
     def factor(self) -> int:
         "Image pixels per pixel of the latent."
         return self.latent_space.codec.factor
@@ -221,13 +229,11 @@ class RestorationModel(nn.Module):
         x_t = self.schedule.q_sample(x0, self.latent_space.prior(up), t, noise)
         return self.network(self.schedule.scale_input(x_t, t), t, self.condition(up))
 
-    def detail_loss(self, x0: Tensor, hr: Tensor, up: Tensor, generator: torch.Generator) -> Tensor:
-        "Mean squared error of the details, whitened, given an x0 as predicted; a cascade's at a random step."
+    def detail_loss(self, x0: Tensor, hr: Tensor, up: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        "Mean squared error of the details, whitened, given an x0 as predicted; a cascade's from step t of its chain."
         truth, seen = self.detail_space.encode(hr, up), self._seen_by_details(x0, up)
         if self.config.details.kind != "cascade":
             return latent_mse(self.details(*seen).float(), truth)
-        t = torch.randint(self.schedule.steps, (len(hr),), generator=generator, device=hr.device)
-        noise = torch.randn(truth.shape, generator=generator, device=hr.device)
         x_t = self.schedule.q_sample(truth, self.detail_space.prior(up), t, noise)
         prediction = self.details(self.schedule.scale_input(x_t, t), t, torch.cat(seen, 1).detach())
         return latent_mse(prediction.float(), truth)
@@ -237,8 +243,9 @@ class RestorationModel(nn.Module):
 
     def check(self, steps: int, sampler: str) -> None:
         "Raise `ModelError` for a number of steps or a sampler that the model does not have."
-        if not 1 <= steps <= self.schedule.steps:
-            raise ModelError(f"steps must be 1 to {self.schedule.steps} for this model, not {steps}")
+        if not 1 <= steps <= self.max_steps:
+            one = f"1 to {self.max_steps}" if self.max_steps > 1 else "1"
+            raise ModelError(f"steps must be {one} for this model, not {steps}")
         if sampler not in SAMPLERS:
             raise ModelError(unknown_key_message(sampler, SAMPLERS, what="sampler"))
 
@@ -329,3 +336,30 @@ def load_model(
         raise ModelError(f"{path}: {len(wrong)} tensors missing, unknown or of another shape, first {wrong[0]!r}")
     model.load_state_dict(tensors)
     return model.to(device).eval().requires_grad_(False), header["info"]
+
+
+def available_models() -> dict[str, Path]:  # file by name
+    "The models that ship with the package."
+    return {path.stem: path for path in sorted((Path(difiisr_dwt.__file__).parent / "weights").glob("*.safetensors"))}
+
+
+def find_model(
+    name_or_path: str | Path,  # 'compact', a safetensors file, or a run folder with model.safetensors
+) -> Path:
+    "The file of a model; raises `ModelError` naming the known models and the nearest."
+    known, path = available_models(), Path(name_or_path)
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    if path.is_dir():
+        if (path / "model.safetensors").is_file():
+            return path / "model.safetensors"
+        raise ModelError(f"{path}: no model.safetensors in this folder; name the folder of a finished training")
+    if path.is_file():
+        return path
+    names = f"shipped models are {', '.join(map(repr, known))}" if known else "no models are shipped"
+    if path.suffix or len(path.parts) > 1:
+        raise ModelError(f"{path}: no such model file; {names}")
+    if not known:
+        raise ModelError(f"unknown model {str(name_or_path)!r}; {names}, so name a file")
+    hint = unknown_key_message(str(name_or_path), known, what="model")
+    raise ModelError(hint if names.split(" are ")[1] in hint else f"{hint} ({names})")

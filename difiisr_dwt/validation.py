@@ -46,7 +46,7 @@ def validate(
                 return torch.randn(shape, generator=generator).to(device)
 
             results = {"bicubic": up} | {
-                name: model.restore(up, steps, noise_sampler=noise) for name, steps in (("1", 1), ("all", model.schedule.steps))
+                name: model.restore(up, steps, noise_sampler=noise) for name, steps in (("1", 1), ("all", model.max_steps))
             }
             results = {k: to_8bit(denormalize(v, pair.value_range)) for k, v in results.items()}
             rows.append(

@@ -13,7 +13,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from difiisr_dwt import cli, pipeline
+from difiisr_dwt import cli, models, pipeline
 from difiisr_dwt.images import read_image
 from difiisr_dwt.models import ModelConfig, NetworkConfig, RestorationModel, save_model
 from difiisr_dwt.pipeline import SuperResolver
@@ -140,7 +140,7 @@ def test_usage(words, said):
     (["--model", "a.png"], "a.png"), (["--sampler", "dim"], "'ddim'"), (["--tile", "9"], "at least 64"), (["--device", "abacus"], "abacus"),
 ])  # fmt: skip
 def test_impossible_requests(here, model, monkeypatch, capsys, words, said):
-    monkeypatch.setattr(pipeline, "available_models", lambda: {"compact": model / "model.safetensors"})
+    monkeypatch.setattr(models, "available_models", lambda: {"compact": model / "model.safetensors"})
     save(here / "a.png")
     assert cli.main(["upscale", "a.png", "--out", "out", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()

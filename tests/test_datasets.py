@@ -19,7 +19,8 @@ from difiisr_dwt.degradations import KERNELS, downsample
 from difiisr_dwt.images import ThermalImage, find_images, read_image, shared_data, write_image, write_json
 from difiisr_dwt.pairs import CHAINS, Chain, DataError, degrade, find_frames, read_pairs
 from difiisr_dwt.thermal_scenes import render_scene
-from difiisr_dwt.training import TrainConfig, initial_state, training_step
+from difiisr_dwt.train_config import TrainConfig
+from difiisr_dwt.training import initial_model, start_state, training_step
 
 STAGE = Path(__file__).resolve().parents[1] / "nbs" / "stages" / "data_report.ipynb"
 
@@ -399,7 +400,7 @@ def test_loading_costs_little_beside_a_training_step():
         config = configure(TrainConfig, {"sigma_batches": 1, "device": "cpu"})
         sets = {name: PairDataset(["scenes:16"], name, brightness=0.1, contrast=0.1) for name in ("bicubic", *CHAINS)}
         data = sets["bicubic"]
-        state = initial_state(config, data)
+        state = start_state(initial_model(config, data), config)
         loading, steps = {name: [] for name in sets}, []
         for i in range(4):
             for name, data in sets.items():

@@ -4,14 +4,16 @@ import dataclasses
 import pytest
 import torch
 
+from difiisr_dwt.checkpoints import TrainingError
 from difiisr_dwt.codecs import make_codec
-from difiisr_dwt.datasets import MARGIN
+from difiisr_dwt.datasets import MARGIN, upsample_crop
 from difiisr_dwt.latent_space import SCALINGS, LatentSpace, choose_sigma, measure_sigma
 from difiisr_dwt.light_cnn import LightCNN
 from difiisr_dwt.losses import latent_mse
 from difiisr_dwt.models import DetailConfig, ModelConfig, NetworkConfig, RestorationModel
 from difiisr_dwt.schedule import ResShiftSchedule
-from difiisr_dwt.training import TrainConfig, TrainingError, loss_weights, training_loss
+from difiisr_dwt.train_config import TrainConfig, check_config
+from difiisr_dwt.training import TrainingLoss, draw_chain, loss_weights
 
 TINY = NetworkConfig(channels=(8, 16), blocks=1, groups=4, embedding_channels=16)
 
@@ -80,7 +82,9 @@ def test_loss_weights():
     error = latent_mse(guess, space.encode(hr, up), w) * w.mean() * space.sigma.square().mean()
     torch.testing.assert_close(error, (space.decode(guess, up) - hr).square().mean())
     for wrong, words in (({"error_of": "pixels"}, "error_of"), ({"band_weights": (1.0, 2.0)}, "must be 16 numbers")):
-        with pytest.raises(TrainingError, match=words): loss_weights(space, TrainConfig(**wrong))
+        with pytest.raises(TrainingError, match=words):
+            check_config(TrainConfig(**wrong))
+            loss_weights(space, TrainConfig(**wrong))
 
 
 @pytest.mark.parametrize("target", ("residual", "image"))
@@ -137,6 +141,14 @@ def reached(model, loss):
     return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.isfinite().all() and p.grad.norm() > 0}
 
 
+def loss_of(model, batch, **changes):
+    """The loss of a batch at steps and noise that are always the same."""
+    up = upsample_crop(batch["lr"])
+    steps, noise = draw_chain(model, up, torch.Generator().manual_seed(3))
+    parts, _ = TrainingLoss(model, TrainConfig(model=model.config, **changes))(batch["hr"], up, steps, noise, 0)
+    return sum(parts.values())
+
+
 @pytest.mark.parametrize("options", ({}, {"target": "image", "condition": "packet"}))
 @pytest.mark.parametrize("codec, kind", DESIGNS)
 def test_training_reaches_every_layer(codec, kind, options):
@@ -147,7 +159,7 @@ def test_training_reaches_every_layer(codec, kind, options):
     assert ("details.first.weight" if kind == "cascade" else "details.hidden.0.weight") in everything
 
     def loss(frozen=False):
-        return training_loss(model, batch, torch.Generator().manual_seed(3), frozen=frozen)
+        return loss_of(model, batch, frozen=frozen)
 
     assert reached(model, loss()) == everything
     # what the details' loss alone reaches: a CNN behind the first network trains that too; a cascade stops there
@@ -163,7 +175,7 @@ def test_training_reaches_every_layer(codec, kind, options):
 
 def test_autocast_of_training_keeps_the_latent_exact():
     model, batch = design("full_band", "cnn")
-    losses = [training_loss(model, batch, torch.Generator().manual_seed(3), p) for p in ("float32", "bfloat16")]
+    losses = [loss_of(model, batch, precision=p) for p in ("float32", "bfloat16")]
     assert losses[1].dtype == torch.float32 and losses[0] != losses[1]
     torch.testing.assert_close(*losses, rtol=0.05, atol=0)
 

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from difiisr_dwt import pipeline
+from difiisr_dwt import models
 from difiisr_dwt.degradations import downsample_pixels
 from difiisr_dwt.guidance import Guidance, measure_spectrum, reference_free
 from difiisr_dwt.images import ImageError, ThermalImage, robust_range
-from difiisr_dwt.models import ModelConfig, ModelError, NetworkConfig, RestorationModel, save_model
-from difiisr_dwt.pipeline import SuperResolver, available_models, find_model
+from difiisr_dwt.models import (
+    ModelConfig,
+    ModelError,
+    NetworkConfig,
+    RestorationModel,
+    available_models,
+    find_model,
+    save_model,
+)
+from difiisr_dwt.pipeline import SuperResolver
 from difiisr_dwt.tiling import noise_crop
 
 
@@ -175,7 +183,7 @@ def test_no_single_frame(resolver, array):
 
 
 def test_names_of_models(model_file, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "available_models", lambda: {"compact": model_file, "large": model_file})
+    monkeypatch.setattr(models, "available_models", lambda: {"compact": model_file, "large": model_file})
     monkeypatch.chdir(tmp_path)
     assert find_model("compact") == find_model(model_file) == find_model(model_file.parent) == model_file
     for name, words in {"compakt": "'compact'", "zzz": "'compact', 'large'", "no/such": "no such model file",

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+from safetensors.torch import load_file
 
+from difiisr_dwt.checkpoints import TrainingError, checkpoint_files, read_checkpoint
 from difiisr_dwt.configuration import configure
 from difiisr_dwt.datasets import DataError, degrade
 from difiisr_dwt.images import ThermalImage, write_image
 from difiisr_dwt.thermal_scenes import render_scene
-from difiisr_dwt.training import TrainConfig, TrainingError, train
+from difiisr_dwt.train_config import TrainConfig
+from difiisr_dwt.training import train
 
 CONFIG = {
     "train": ["scenes:3"], "validation": ["scenes:1@1000000"], "crop": 64, "batch": 2, "iterations": 60, "warmup": 5,
@@ -27,7 +29,8 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 from difiisr_dwt.configuration import configure
-from difiisr_dwt.training import TrainConfig, train
+from difiisr_dwt.train_config import TrainConfig
+from difiisr_dwt.training import train
 train(configure(TrainConfig, json.loads(sys.argv[1])), sys.argv[2], lambda state: time.sleep(0.02))
 """
 
@@ -40,8 +43,9 @@ def start(run_dir: Path) -> subprocess.Popen:
 
 def iteration_of(run_dir: Path) -> int:
     """That of the last checkpoint, which must always be readable."""
-    with safe_open(run_dir / "last.safetensors", framework="pt") as file:
-        return json.loads(file.metadata()["difiisr_dwt"])["iteration"]
+    for file in checkpoint_files(run_dir):
+        load_file(file)
+    return read_checkpoint(run_dir)[1]["iteration"]
 
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):
@@ -60,11 +64,11 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
         time.sleep(moments.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if (killed / "last.safetensors").exists():
+        if checkpoint_files(killed):
             reached.append(iteration_of(killed))
     assert start(killed).wait() == 0
     assert reached, f"no kill came after a checkpoint (seed {seed})"
-    for name in ("last.safetensors", "model.safetensors"):
+    for name in ("checkpoints/00000060.safetensors", "model.safetensors"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs, seed {seed}, kills after {reached}"
     assert iteration_of(killed) == 60
     logged = [[json.loads(line)["iteration"] for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, killed)]
@@ -76,8 +80,8 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     config = configure(TrainConfig, CONFIG | {"learning_rate": 1e12, "clip": 1e12, "validate_every": 60, "checkpoint_every": 1})
     with pytest.raises(TrainingError, match=r"iteration \d+: loss .*last good state"):
         train(config, tmp_path)
-    with safe_open(tmp_path / "last.safetensors", framework="pt") as file:
-        assert all(file.get_tensor(k).isfinite().all() for k in file.keys() if k.startswith(("model.", "average.")))
+    tensors = read_checkpoint(tmp_path)[2]
+    assert all(v.isfinite().all() for k, v in tensors.items() if k.startswith(("model.", "average.")))
 
 
 def test_sixteen_bit_frames_train_like_eight_bit_ones(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from difiisr_dwt.datasets import read_pairs
 from difiisr_dwt.images import read_image, shared_data, write_image
 from difiisr_dwt.metrics import lpips_network, psnr
-from difiisr_dwt.pipeline import available_models
+from difiisr_dwt.models import available_models
 
 pytestmark = pytest.mark.skipif(shared_data() is None, reason="needs the shared infrared images (DIFIISR_SHARED)")
 
