@@ -6,14 +6,14 @@
 __all__ = ['Preempted', 'TrainingLoss', 'loss_weights', 'draw_chain', 'TrainState', 'initial_model', 'start_state',
            'state_tensors', 'save_state', 'load_state', 'training_step', 'training_data', 'train']
 
-# %% ../nbs/47_training.ipynb #5bdcce72
+# %% ../nbs/47_training.ipynb #a0366005
 import contextlib
 import copy
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from difiisr_dwt.checkpoints import (
 from .configuration import resolved
 from .datasets import PairDataset, batches, upsample_crop
 from .discriminator import PatchDiscriminator
+from .distillation import attempt
 from .distributed import Stop, listening, make_accelerator, share
 from .images import write_json
 import difiisr_dwt
@@ -42,11 +43,11 @@ from .objective import Term, drowned, gradient_norms, make_terms, objective
 from .train_config import TrainConfig, changed_key, check_config, learning_rate_factor
 from .validation import validate
 
-# %% ../nbs/47_training.ipynb #70aa3140
+# %% ../nbs/47_training.ipynb #59f2637b
 class Preempted(TrainingError):
     "A training that was asked to stop, and has written its checkpoint."
 
-# %% ../nbs/47_training.ipynb #efa9df17
+# %% ../nbs/47_training.ipynb #c77273bd
 class TrainingLoss(nn.Module):
     "A model with all that it is judged by."
 
@@ -81,8 +82,6 @@ class TrainingLoss(nn.Module):
         x0, step = space.encode(hr, up), t[:, 0]
         with torch.autocast(hr.device.type, kind, enabled=kind is not None):
             if teacher is not None:
-                from difiisr_dwt.distillation import attempt
-
                 options = config.distillation
                 prediction, x0, step, extra = attempt(
                     model, teacher, hr, up, first, options.steps, options.inverse, options.consistency
@@ -123,7 +122,7 @@ def draw_chain(
         steps = steps.new_full(steps.shape, model.schedule.steps - 1)
     return steps, torch.randn((whole, *model.noise_shape(up)[1:]), generator=generator, device=up.device)
 
-# %% ../nbs/47_training.ipynb #e7cd7700
+# %% ../nbs/47_training.ipynb #5ad54447
 @dataclass
 class TrainState:
     "What an iteration changes, and those who change it."
@@ -214,7 +213,7 @@ def start_state(
         loss = accelerator.prepare(loss)
     return TrainState(model, average, optimizer, loss, accelerator, scaler, discriminator, judge)
 
-# %% ../nbs/47_training.ipynb #b52ad94b
+# %% ../nbs/47_training.ipynb #2c9a1f11
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
     "All tensors of a state, by name."
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
@@ -253,7 +252,7 @@ def load_state(path: Path, header: dict, tensors: dict[str, Tensor], state: Trai
     state.scaler.load_state_dict(header["scaler"])
     state.iteration, state.best = header["iteration"], -math.inf if header["best"] is None else header["best"]
 
-# %% ../nbs/47_training.ipynb #e984e3fe
+# %% ../nbs/47_training.ipynb #5c477dc2
 def training_step(
     state: TrainState,
     batch: dict[str, Tensor],  # this process's part of one, of `PairDataset`
@@ -328,7 +327,7 @@ def _judge_step(state: TrainState, prediction: Tensor, hr: Tensor, up: Tensor, c
     told = state.accelerator.reduce(torch.stack([loss.detach(), penalty.detach()]), "mean").tolist()
     return {"discriminator/loss": told[0], "discriminator/r1": told[1]}
 
-# %% ../nbs/47_training.ipynb #6eab6f65
+# %% ../nbs/47_training.ipynb #1b60799a
 def training_data(config: TrainConfig) -> PairDataset:
     "The pairs that a configuration trains on; raises `DataError` for unusable ones."
     return PairDataset(
