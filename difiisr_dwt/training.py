@@ -6,7 +6,7 @@
 __all__ = ['Preempted', 'TrainingLoss', 'loss_weights', 'draw_chain', 'TrainState', 'initial_model', 'start_state',
            'state_tensors', 'save_state', 'load_state', 'training_step', 'training_data', 'train']
 
-# %% ../nbs/47_training.ipynb #a0366005
+# %% ../nbs/47_training.ipynb #e387f4aa
 import contextlib
 import copy
 import dataclasses
@@ -43,11 +43,11 @@ from .objective import Term, drowned, gradient_norms, make_terms, objective
 from .train_config import TrainConfig, changed_key, check_config, learning_rate_factor
 from .validation import validate
 
-# %% ../nbs/47_training.ipynb #59f2637b
+# %% ../nbs/47_training.ipynb #6a847092
 class Preempted(TrainingError):
     "A training that was asked to stop, and has written its checkpoint."
 
-# %% ../nbs/47_training.ipynb #c77273bd
+# %% ../nbs/47_training.ipynb #0b5d00b0
 class TrainingLoss(nn.Module):
     "A model with all that it is judged by."
 
@@ -122,7 +122,7 @@ def draw_chain(
         steps = steps.new_full(steps.shape, model.schedule.steps - 1)
     return steps, torch.randn((whole, *model.noise_shape(up)[1:]), generator=generator, device=up.device)
 
-# %% ../nbs/47_training.ipynb #5ad54447
+# %% ../nbs/47_training.ipynb #c3a89be6
 @dataclass
 class TrainState:
     "What an iteration changes, and those who change it."
@@ -213,7 +213,7 @@ def start_state(
         loss = accelerator.prepare(loss)
     return TrainState(model, average, optimizer, loss, accelerator, scaler, discriminator, judge)
 
-# %% ../nbs/47_training.ipynb #2c9a1f11
+# %% ../nbs/47_training.ipynb #99b440d7
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
     "All tensors of a state, by name."
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
@@ -252,7 +252,7 @@ def load_state(path: Path, header: dict, tensors: dict[str, Tensor], state: Trai
     state.scaler.load_state_dict(header["scaler"])
     state.iteration, state.best = header["iteration"], -math.inf if header["best"] is None else header["best"]
 
-# %% ../nbs/47_training.ipynb #5c477dc2
+# %% ../nbs/47_training.ipynb #ca1ba8ff
 def training_step(
     state: TrainState,
     batch: dict[str, Tensor],  # this process's part of one, of `PairDataset`
@@ -327,7 +327,7 @@ def _judge_step(state: TrainState, prediction: Tensor, hr: Tensor, up: Tensor, c
     told = state.accelerator.reduce(torch.stack([loss.detach(), penalty.detach()]), "mean").tolist()
     return {"discriminator/loss": told[0], "discriminator/r1": told[1]}
 
-# %% ../nbs/47_training.ipynb #1b60799a
+# %% ../nbs/47_training.ipynb #f25fef6a
 def training_data(config: TrainConfig) -> PairDataset:
     "The pairs that a configuration trains on; raises `DataError` for unusable ones."
     return PairDataset(

@@ -22,6 +22,7 @@ from difiisr_dwt.losses import (
     spectrum_loss,
     thermal_spectrum,
 )
+from difiisr_dwt.objective import make_terms, objective
 from difiisr_dwt.sampling import sample_ancestral, sample_ddim
 from difiisr_dwt.schedule import ResShiftSchedule
 
@@ -136,13 +137,19 @@ def test_training_term(codec):
     space = latent_space(codec)
     image, _, up = images(16, 2, channels=space.codec.image_channels)
     hr, up = 2 * image - 1, 2 * up - 1
-    terms = [(0.5, spectrum_loss), (2.0, edge_loss)]
+    terms = make_terms({"spectrum": 0.5, "edges": 2.0}, ResShiftSchedule())
+    t = torch.tensor([3, 7])
     exact = space.encode(hr, up)
+
+    def of_terms(prediction):
+        parts = objective(prediction, exact, t, hr, up, space, terms)
+        return parts["spectrum"] + parts["edges"]
+
     if torch.allclose(space.decode(exact, up), hr):
-        assert g.guidance_loss(exact, hr, up, space, terms) < 1e-9
+        assert of_terms(exact) < 1e-9
     network = Denoiser(space.codec.channels)
-    prediction = network(exact, torch.tensor([3, 7]))
-    loss = g.guidance_loss(prediction, hr, up, space, terms)
+    prediction = network(exact, t)
+    loss = of_terms(prediction)
     decoded = (space.decode(prediction, up) + 1) / 2
     torch.testing.assert_close(loss, (0.5 * spectrum_loss(decoded, image) + 2 * edge_loss(decoded, image)).mean())
     loss.backward()
@@ -367,7 +374,7 @@ def test_prior_is_plain_tensors(tmp_path):
 def test_vgg_features():
     pytest.importorskip("lpips")
     try:
-        (_, distance), = g.make_terms({"vgg": 1.0})
+        distance = make_terms({"vgg": 1.0}, ResShiftSchedule())[0].distance
     except ValueError as error:  # MetricError
         pytest.skip(str(error))
     image, _, up = images(32, dtype=torch.float32)
@@ -417,9 +424,10 @@ def test_sam_features_of_a_stub(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="vit_b"):
         g.SamFeatures(weights, "vit_x")
     with pytest.raises(ValueError, match="sam_checkpoint"):
-        g.make_terms({"sam": 1.0})
-    (weight, distance), = g.make_terms({"sam": 2.0}, sam_checkpoint=weights)
-    assert asked == [str(weights)] and weight == 2
+        make_terms({"sam": 1.0}, ResShiftSchedule())
+    (term,) = make_terms({"sam": 2.0}, ResShiftSchedule(), sam_checkpoint=weights)
+    assert asked == [str(weights)] and term.weight(0, 1) == 2
+    distance = term.distance
     image, _, up = images(16, dtype=torch.float32)
     assert distance(image, image) == 0 < distance(up, image)
     network = g.SamFeatures(weights).double()
@@ -442,7 +450,7 @@ def test_sam_features_of_the_package(monkeypatch, tmp_path):
     weights = tmp_path / "small.pth"
     torch.save(small.state_dict(), weights)
     monkeypatch.setitem(package.sam_model_registry, "vit_b", partial(_build_sam, 16, 1, 2, []))
-    (_, distance), = g.make_terms({"sam": 1.0}, sam_checkpoint=weights)
+    distance = make_terms({"sam": 1.0}, ResShiftSchedule(), sam_checkpoint=weights)[0].distance
     image, _, up = images(64, dtype=torch.float32)
     assert distance(image, image) == 0
     up = up.requires_grad_()
