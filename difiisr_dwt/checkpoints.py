@@ -6,7 +6,7 @@
 __all__ = ['TrainingError', 'checkpoint_files', 'write_checkpoint', 'read_checkpoint', 'what_is_left', 'sole_writer', 'read_log',
            'truncate_log', 'Journal', 'optimizer_tensors', 'fill_optimizer', 'part']
 
-# %% ../nbs/43_checkpoints.ipynb #5f4ff85a
+# %% ../nbs/43_checkpoints.ipynb #6c19f7d1
 import contextlib
 import json
 import os
@@ -23,13 +23,13 @@ from torch import Tensor
 from .images import atomic_path
 from .models import write_tensors
 
-# %% ../nbs/43_checkpoints.ipynb #bad25c61
+# %% ../nbs/43_checkpoints.ipynb #be7d8398
 try:
     import fcntl
 except ImportError:  # Windows: two processes are not kept apart there
     fcntl = None
 
-# %% ../nbs/43_checkpoints.ipynb #2d546f99
+# %% ../nbs/43_checkpoints.ipynb #e627f88e
 class TrainingError(RuntimeError):
     "A training that cannot go on; the message is one sentence that says where and what is left."
 
@@ -83,7 +83,7 @@ def what_is_left(run_dir: Path) -> str:
     files = checkpoint_files(run_dir)
     return f"{files[-1]} holds the last good state" if files else "no checkpoint had been written yet"
 
-# %% ../nbs/43_checkpoints.ipynb #966a00dc
+# %% ../nbs/43_checkpoints.ipynb #ee2501c7
 @contextlib.contextmanager
 def sole_writer(
     run_dir: Path,
@@ -108,7 +108,7 @@ def sole_writer(
         file.flush()
         yield
 
-# %% ../nbs/43_checkpoints.ipynb #337f1974
+# %% ../nbs/43_checkpoints.ipynb #f980db31
 def read_log(
     run_dir: Path,
 ) -> list[dict[str, Any]]:  # entries in order, each with `iteration`
@@ -137,7 +137,11 @@ class Journal:
         self,
         run_dir: Path,
         iteration: int,  # of the checkpoint that the run goes on from; what was logged later is dropped
+        silent: bool = False,  # write nothing: one process of several does
     ):
+        self.before, self.silent = read_log(run_dir), silent
+        if silent:
+            return
         from torch.utils.tensorboard import SummaryWriter  # here: a second to import
 
         self.before = truncate_log(run_dir, iteration)  # the entries that stay
@@ -148,11 +152,14 @@ class Journal:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.lines.close()
-        self.board.close()
+        if not self.silent:
+            self.lines.close()
+            self.board.close()
 
     def write(self, iteration: int, values: dict[str, float | str]) -> None:
         "One entry; words are TensorBoard's texts."
+        if self.silent:
+            return
         self.lines.write(json.dumps({"iteration": iteration} | values) + "\n")
         self.lines.flush()
         for key, value in values.items():
@@ -162,7 +169,7 @@ class Journal:
         "A picture that lies in the run folder."
         self.board.add_image(name, imread(path)[..., :3], iteration, dataformats="HWC")
 
-# %% ../nbs/43_checkpoints.ipynb #cedd04b9
+# %% ../nbs/43_checkpoints.ipynb #1bf8363f
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
     names: list[str],  # of its parameters, in their order

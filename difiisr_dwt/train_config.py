@@ -6,7 +6,7 @@
 __all__ = ['DECAYS', 'MAY_CHANGE', 'learning_rate_factor', 'DiscriminatorConfig', 'DistillationConfig', 'TrainConfig',
            'check_config', 'changed_key']
 
-# %% ../nbs/44_train_config.ipynb #94334fc7
+# %% ../nbs/44_train_config.ipynb #68831ea0
 import json
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from .checkpoints import TrainingError
 from .configuration import resolved
 from .models import ModelConfig
 
-# %% ../nbs/44_train_config.ipynb #ebdf9130
+# %% ../nbs/44_train_config.ipynb #b83e715d
 DECAYS = ("cosine", "linear", "none")
 
 
@@ -34,7 +34,7 @@ def learning_rate_factor(
     progress = (iteration - warmup) / max(1, iterations - warmup)
     return end + (1 - end) * (0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress)
 
-# %% ../nbs/44_train_config.ipynb #1e0dc129
+# %% ../nbs/44_train_config.ipynb #5522eb1e
 @dataclass(frozen=True)
 class DiscriminatorConfig:
     "The judge of the term `adversarial`; see `discriminator.PatchDiscriminator`."
@@ -111,7 +111,8 @@ class TrainConfig:
     workers: int = 0  # processes that prepare samples, per training process
     device: str = "auto"  # cpu, cuda, cuda:1 …
     precision: str = "float32"  # or bfloat16, float16: by autocast, the latter with a scaled loss
-    processes: int = 1  # on this machine, one per GPU
+    processes: int = 1  # on each machine, one per GPU
+    nodes: int = 1  # machines, of one Slurm job
     compile: bool = False  # torch.compile of the network
     activation_checkpointing: bool = False  # compute activations twice instead of keeping them
     sharded: bool = False  # parameters and moments spread over the processes (FSDP)
@@ -119,10 +120,10 @@ class TrainConfig:
 
 MAY_CHANGE = (  # between a run and its continuation
     "validate_every", "checkpoint_every", "checkpoints_kept", "log_every", "workers", "device", "processes", "accumulation",
-    "compile", "activation_checkpointing", "sharded", "cache",
+    "compile", "activation_checkpointing", "sharded", "cache", "nodes",
 )
 
-# %% ../nbs/44_train_config.ipynb #83d1aa7f
+# %% ../nbs/44_train_config.ipynb #aadf3cf1
 def check_config(config: TrainConfig) -> None:
     "Raise `TrainingError` for values that contradict themselves or each other."
     for key, known in (
@@ -131,14 +132,16 @@ def check_config(config: TrainConfig) -> None:
     ):
         if getattr(config, key) not in known:
             raise TrainingError(f"{key!r} must be one of {', '.join(known)}, not {getattr(config, key)!r}")
-    for key in ("batch", "accumulation", "processes", "iterations", "validate_every", "checkpoint_every", "checkpoints_kept", "log_every"):
+    for key in ("batch", "accumulation", "processes", "nodes", "iterations", "validate_every", "checkpoint_every", "checkpoints_kept", "log_every"):
         if getattr(config, key) < 1:
             raise TrainingError(f"{key!r} must be at least 1, not {getattr(config, key)}")
-    parts = config.processes * config.accumulation
-    if config.batch % parts:
+    if config.batch % (config.nodes * config.processes * config.accumulation):
         raise TrainingError(
-            f"'batch' {config.batch} must be divisible by 'processes' {config.processes} times 'accumulation' {config.accumulation}"
+            f"'batch' {config.batch} must be divisible by 'nodes' {config.nodes} times 'processes' {config.processes} "
+            f"times 'accumulation' {config.accumulation}"
         )
+    if config.cpu_minutes and config.nodes * config.processes > 1:
+        raise TrainingError("'cpu_minutes' is a budget of one process; give 'iterations' with several")
     if config.frozen and (not config.initial or config.model.details.kind == "copy"):
         raise TrainingError("'frozen' is for the details of a model: name a trained one as 'initial', and 'model.details.kind'")
     if config.frozen and (config.terms or config.distillation.teacher or config.band_weights or config.t != "uniform"):

@@ -6,14 +6,14 @@
 __all__ = ['Preempted', 'TrainingLoss', 'loss_weights', 'draw_chain', 'TrainState', 'initial_model', 'start_state',
            'state_tensors', 'save_state', 'load_state', 'training_step', 'training_data', 'train']
 
-# %% ../nbs/47_training.ipynb #e387f4aa
+# %% ../nbs/47_training.ipynb #5df56c36
 import contextlib
 import copy
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,14 @@ from .band_codecs import fit_resampler
 from difiisr_dwt.checkpoints import (
     Journal, TrainingError, fill_optimizer, optimizer_tensors, part, read_checkpoint, sole_writer, what_is_left, write_checkpoint,
 )
-from .configuration import resolved
+from .configuration import configure, resolved
 from .datasets import PairDataset, batches, upsample_crop
 from .discriminator import PatchDiscriminator
 from .distillation import attempt
-from .distributed import Stop, listening, make_accelerator, share
+from difiisr_dwt.distributed import (
+    Stop, complain, die_with_parent, launch, lighten, like, listening, make_accelerator, prepared, share, under_launcher, whole,
+    without_sync,
+)
 from .images import write_json
 import difiisr_dwt
 from .latent_space import LatentSpace
@@ -43,11 +46,11 @@ from .objective import Term, drowned, gradient_norms, make_terms, objective
 from .train_config import TrainConfig, changed_key, check_config, learning_rate_factor
 from .validation import validate
 
-# %% ../nbs/47_training.ipynb #6a847092
+# %% ../nbs/47_training.ipynb #a52f4e1d
 class Preempted(TrainingError):
     "A training that was asked to stop, and has written its checkpoint."
 
-# %% ../nbs/47_training.ipynb #0b5d00b0
+# %% ../nbs/47_training.ipynb #66e7acc0
 class TrainingLoss(nn.Module):
     "A model with all that it is judged by."
 
@@ -122,7 +125,7 @@ def draw_chain(
         steps = steps.new_full(steps.shape, model.schedule.steps - 1)
     return steps, torch.randn((whole, *model.noise_shape(up)[1:]), generator=generator, device=up.device)
 
-# %% ../nbs/47_training.ipynb #c3a89be6
+# %% ../nbs/47_training.ipynb #7d875b34
 @dataclass
 class TrainState:
     "What an iteration changes, and those who change it."
@@ -193,10 +196,6 @@ def start_state(
     "The state before the first iteration."
     accelerator = accelerator or make_accelerator(config)
     model = model.to(accelerator.device).train()
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
-    )
     discriminator = judge = teacher = None
     if "adversarial" in config.terms:
         torch.manual_seed(config.seed + 1)
@@ -206,33 +205,37 @@ def start_state(
         )
     if config.distillation.teacher:
         teacher = load_model(find_model(config.distillation.teacher), accelerator.device)[0]
-    loss = TrainingLoss(model, config, discriminator, teacher)
+    lighten(model.network, config)
+    loss = prepared(TrainingLoss(model, config, discriminator, teacher), config, accelerator)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
+    )
     average = {n: p.detach().clone() for n, p in parameters.items()}
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "float16")
-    if accelerator.num_processes > 1:
-        loss = accelerator.prepare(loss)
     return TrainState(model, average, optimizer, loss, accelerator, scaler, discriminator, judge)
 
-# %% ../nbs/47_training.ipynb #99b440d7
+# %% ../nbs/47_training.ipynb #8152c821
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    "All tensors of a state, by name."
+    "All tensors of a state, by name, whole; every process has to ask."
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in state.average.items()}
     tensors |= optimizer_tensors(state.optimizer, list(state.parameters))
     if state.discriminator is not None:
         tensors |= {f"discriminator.{k}": v for k, v in state.discriminator.state_dict().items()}
         tensors |= optimizer_tensors(state.judge, [n for n, _ in state.discriminator.named_parameters()], "judge")
-    return tensors
+    return {k: whole(v) for k, v in tensors.items()}
 
 
 def save_state(run_dir: Path, state: TrainState, config: TrainConfig, data: str = "") -> None:
     "Write a checkpoint, whole or not at all; by the main process, while the others wait."
+    tensors = state_tensors(state)
     if state.accelerator.is_main_process:
         header = {
             "best": state.best if math.isfinite(state.best) else None, "config": resolved(config), "data": data,
             "code": difiisr_dwt.__version__, "scaler": state.scaler.state_dict(), "cpu_seconds": state.cpu_seconds if config.cpu_minutes else None,
         }
-        write_checkpoint(run_dir, state.iteration, state_tensors(state), header, config.checkpoints_kept)
+        write_checkpoint(run_dir, state.iteration, tensors, header, config.checkpoints_kept)
     state.accelerator.wait_for_everyone()
 
 
@@ -242,17 +245,19 @@ def load_state(path: Path, header: dict, tensors: dict[str, Tensor], state: Trai
         raise TrainingError(f"{path}: the run was started with another {key!r} ({header['config'].get(key)!r}); use a new folder")
     if data and header.get("data", data) != data:
         raise TrainingError(f"{path}: the images in {', '.join(config.train)} are not those of its start; put them back, or use a new folder")
-    state.model.load_state_dict(part(tensors, "model"))
+    now = state.model.state_dict()
+    state.model.load_state_dict({k: like(v, now[k]) for k, v in part(tensors, "model").items()})
     for name, value in part(tensors, "average").items():
-        state.average[name].copy_(value)
-    fill_optimizer(state.optimizer, list(state.parameters), tensors)
+        state.average[name].copy_(like(value, state.average[name]))
+    moments = {f"optimizer.{k}": v if k.startswith("step.") else like(v, state.average[k.split(".", 1)[1]]) for k, v in part(tensors, "optimizer").items()}
+    fill_optimizer(state.optimizer, list(state.parameters), moments)
     if state.discriminator is not None:
         state.discriminator.load_state_dict(part(tensors, "discriminator"))
         fill_optimizer(state.judge, [n for n, _ in state.discriminator.named_parameters()], tensors, "judge")
     state.scaler.load_state_dict(header["scaler"])
     state.iteration, state.best = header["iteration"], -math.inf if header["best"] is None else header["best"]
 
-# %% ../nbs/47_training.ipynb #ca1ba8ff
+# %% ../nbs/47_training.ipynb #5ca48609
 def training_step(
     state: TrainState,
     batch: dict[str, Tensor],  # this process's part of one, of `PairDataset`
@@ -280,7 +285,7 @@ def training_step(
     pieces = list(zip(*(x.chunk(config.accumulation) for x in (hr, up, t, noise)), strict=True))
     predictions, norms = [], {}
     for number, (hr_, up_, t_, noise_) in enumerate(pieces, 1):
-        with accelerator.no_sync(state.loss) if number < len(pieces) else contextlib.nullcontext():
+        with without_sync(state.loss, accelerator) if number < len(pieces) else contextlib.nullcontext():
             parts, prediction = state.loss(hr_, up_, t_, noise_, state.iteration)
             if record and number == len(pieces) and len(parts) > 1 and prediction.requires_grad:
                 norms = gradient_norms(parts, prediction)
@@ -288,7 +293,7 @@ def training_step(
         sums = {k: sums.get(k, 0) + v.detach() / len(pieces) for k, v in parts.items()}
         predictions.append(prediction.detach())
     state.scaler.unscale_(state.optimizer)
-    norm = accelerator.clip_grad_norm_(parameters.values(), config.clip)
+    norm = whole(nn.utils.clip_grad_norm_(parameters.values(), config.clip))
     told = torch.stack([*sums.values(), torch.as_tensor(float(bool(stop and stop.signal)), device=device)])
     *shares, ended = accelerator.reduce(told, "mean").tolist()
     values = {"loss": sum(shares), "gradient_norm": norm.item(), "learning_rate": config.learning_rate * rate, "stop": ended}
@@ -327,7 +332,7 @@ def _judge_step(state: TrainState, prediction: Tensor, hr: Tensor, up: Tensor, c
     told = state.accelerator.reduce(torch.stack([loss.detach(), penalty.detach()]), "mean").tolist()
     return {"discriminator/loss": told[0], "discriminator/r1": told[1]}
 
-# %% ../nbs/47_training.ipynb #f25fef6a
+# %% ../nbs/47_training.ipynb #36738f47
 def training_data(config: TrainConfig) -> PairDataset:
     "The pairs that a configuration trains on; raises `DataError` for unusable ones."
     return PairDataset(
@@ -355,7 +360,7 @@ def _within_budget(config: TrainConfig, run_dir: Path, dataset: PairDataset, mod
 def train(
     config: TrainConfig,
     run_dir: str | Path,  # checkpoints, log, pictures; a run found there goes on
-    callback: Callable[[TrainState], Any] | None = None,  # called after every iteration
+    callback: Callable[[TrainState | None], Any] | None = None,  # called after every iteration; with None now and then, where others train
     dataset: PairDataset | None = None,  # of `training_data`, where it has been read already
 ) -> dict[str, float]:  # metrics of the best model
     """Train to the last iteration and leave `model.safetensors`; an interrupted run continues from its last checkpoint.
@@ -366,12 +371,16 @@ def train(
     check_config(config)
     run_dir = Path(run_dir)
     (run_dir / "figures").mkdir(parents=True, exist_ok=True)
-    with sole_writer(run_dir), listening() as stop:
+    if config.processes * config.nodes > 1 and not under_launcher():
+        launch(config, run_dir, callback, Preempted)
+        return load_model(run_dir / "model.safetensors")[1]["validation"]
+    accelerator = make_accelerator(config)
+    with sole_writer(run_dir) if accelerator.is_main_process else contextlib.nullcontext(), listening() as stop:
         dataset = dataset or training_data(config)
         found = read_checkpoint(run_dir)
         model = initial_model(config, dataset, resumed=found is not None)
         config = _within_budget(config, run_dir, dataset, model)
-        state, data = start_state(model, config), dataset.fingerprint()
+        state, data = start_state(model, config, accelerator), dataset.fingerprint()
         if found:
             load_state(*found, state, config, data)
         device = state.accelerator.device
@@ -383,14 +392,26 @@ def train(
     return load_model(run_dir / "model.safetensors")[1]["validation"]
 
 
+def _main(run_dir: str) -> None:
+    "One process of several, as `distributed.launch` starts them."
+    die_with_parent()
+    folder = Path(run_dir)
+    config = configure(TrainConfig, json.loads((folder / ".launch.json").read_text()))
+    try:
+        train(config, folder)
+    except (TrainingError, ValueError, OSError) as error:  # what a user can do something about
+        complain(folder, error)
+        raise SystemExit(1) from None
+
+
 def _loop(
     state: TrainState, config: TrainConfig, run_dir: Path, loader: DataLoader, stop: Stop, data: str, callback: Callable | None
 ) -> None:
     "Iterate, log, validate, write checkpoints."
-    started, first = time.monotonic(), state.iteration
+    started, first, main = time.monotonic(), state.iteration, state.accelerator.is_main_process
     with (
-        Journal(run_dir, state.iteration) as journal,
-        tqdm(total=config.iterations, initial=state.iteration, unit="it", desc="train", mininterval=1.0) as bar,
+        Journal(run_dir, state.iteration, silent=not main) as journal,
+        tqdm(total=config.iterations, initial=state.iteration, unit="it", desc="train", mininterval=1.0, disable=not main) as bar,
     ):
         state.cpu_seconds = max((entry.get("cpu_seconds", 0.0) for entry in journal.before), default=0.0)
         rows: list[dict[str, float]] = []
@@ -418,8 +439,11 @@ def _loop(
                         bar.write(warning)
                         journal.write(state.iteration, {"warning": warning})
             if state.iteration % config.validate_every == 0 or done:
-                journal.write(state.iteration, _validate_and_keep_best(state, config, run_dir))
-                journal.picture(state.iteration, "validation", run_dir / "figures" / "validation.png")
+                tensors = {k: whole(v) for k, v in (state.model.state_dict() | state.average).items()}
+                if main:
+                    journal.write(state.iteration, _validate_and_keep_best(state, tensors, config, run_dir))
+                    journal.picture(state.iteration, "validation", run_dir / "figures" / "validation.png")
+                state.accelerator.wait_for_everyone()
             if state.iteration % config.checkpoint_every == 0 or done or values["stop"]:
                 save_state(run_dir, state, config, data)
             if callback:
@@ -440,10 +464,10 @@ def _guarded(loader: DataLoader, run_dir: Path) -> Iterator[dict[str, Tensor]]:
         ) from None
 
 
-def _validate_and_keep_best(state: TrainState, config: TrainConfig, run_dir: Path) -> dict[str, float]:
+def _validate_and_keep_best(state: TrainState, tensors: dict[str, Tensor], config: TrainConfig, run_dir: Path) -> dict[str, float]:
     "Judge the moving average and keep it where it is the best so far."
     judged = RestorationModel(config.model, weights=False)  # they come with the state
-    judged.load_state_dict(state.model.state_dict() | state.average)
+    judged.load_state_dict(tensors)
     judged = judged.to(state.accelerator.device).eval()
     kernels = [config.kernel] if isinstance(config.kernel, str) else config.kernel
     metrics = validate(judged, config.validation, kernels, config.validation_images, run_dir / "figures" / "validation.png")
@@ -454,3 +478,9 @@ def _validate_and_keep_best(state: TrainState, config: TrainConfig, run_dir: Pat
         save_model(run_dir / "model.safetensors", judged, info)
         write_json(run_dir / "best.json", info)
     return metrics
+
+# %% ../nbs/47_training.ipynb #9aa0bcbf
+if __name__ == "__main__" and "__file__" in globals():
+    import sys
+
+    _main(sys.argv[1])
