@@ -6,11 +6,9 @@
 __all__ = ['TrainingError', 'checkpoint_files', 'write_checkpoint', 'read_checkpoint', 'what_is_left', 'sole_writer', 'read_log',
            'truncate_log', 'Journal', 'optimizer_tensors', 'fill_optimizer', 'part']
 
-# %% ../nbs/43_checkpoints.ipynb #6c19f7d1
+# %% ../nbs/43_checkpoints.ipynb #e2f7d6fa
 import contextlib
 import json
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,9 @@ from torch import Tensor
 
 from .images import atomic_path
 from .models import write_tensors
+from .processes import locked
 
-# %% ../nbs/43_checkpoints.ipynb #be7d8398
-try:
-    import fcntl
-except ImportError:  # Windows: two processes are not kept apart there
-    fcntl = None
-
-# %% ../nbs/43_checkpoints.ipynb #e627f88e
+# %% ../nbs/43_checkpoints.ipynb #728112d4
 class TrainingError(RuntimeError):
     "A training that cannot go on; the message is one sentence that says where and what is left."
 
@@ -83,32 +76,19 @@ def what_is_left(run_dir: Path) -> str:
     files = checkpoint_files(run_dir)
     return f"{files[-1]} holds the last good state" if files else "no checkpoint had been written yet"
 
-# %% ../nbs/43_checkpoints.ipynb #ee2501c7
+# %% ../nbs/43_checkpoints.ipynb #214971e8
 @contextlib.contextmanager
 def sole_writer(
     run_dir: Path,
     patience: float = 20.0,  # seconds to wait for another process that is about to end
 ) -> Iterator[None]:
     "Hold the run folder; raises `TrainingError` where another process goes on writing to it."
-    until = time.monotonic() + patience
-    with open(run_dir / ".training.lock", "a+") as file:
-        while fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > until:
-                    file.seek(0)
-                    raise TrainingError(
-                        f"{run_dir}: process {file.read().strip() or '?'} is training in this folder; wait for it, or stop it"
-                    ) from None
-                time.sleep(0.2)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with locked(run_dir / ".training.lock", patience) as holder:
+        if holder is not None:
+            raise TrainingError(f"{run_dir}: process {holder or '?'} is training in this folder; wait for it, or stop it")
         yield
 
-# %% ../nbs/43_checkpoints.ipynb #f980db31
+# %% ../nbs/43_checkpoints.ipynb #f63c64c9
 def read_log(
     run_dir: Path,
 ) -> list[dict[str, Any]]:  # entries in order, each with `iteration`
@@ -169,7 +149,7 @@ class Journal:
         "A picture that lies in the run folder."
         self.board.add_image(name, imread(path)[..., :3], iteration, dataformats="HWC")
 
-# %% ../nbs/43_checkpoints.ipynb #1bf8363f
+# %% ../nbs/43_checkpoints.ipynb #e9d1e3b6
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
     names: list[str],  # of its parameters, in their order

@@ -20,7 +20,7 @@ from difiisr_dwt.images import ThermalImage, find_images, read_image, shared_dat
 from difiisr_dwt.pairs import CHAINS, Chain, DataError, degrade, find_frames, read_pairs
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.train_config import TrainConfig
-from difiisr_dwt.training import initial_model, start_state, training_step
+from difiisr_dwt.training_step import initial_model, start_state, training_step
 
 STAGE = Path(__file__).resolve().parents[1] / "nbs" / "stages" / "data_report.ipynb"
 

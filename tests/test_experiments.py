@@ -253,7 +253,7 @@ def test_odd_values_arrive_as_they_are(repo):
         "items": items,
     }
     assert sorted(p.name for p in result.run_dir.iterdir()) == [
-        ".lock", "figures", "metrics.json", "notebook.ipynb", "params.yaml", "run.json"]  # fmt: skip
+        ".kernel.lock", ".lock", "figures", "metrics.json", "notebook.ipynb", "params.yaml", "run.json"]  # fmt: skip
     assert run_experiment(path, root)[0].status == "skipped"
 
 
@@ -380,7 +380,7 @@ def gone(pid, seconds=15):
     return False
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 75)])
 def test_signals_stop_the_kernel_and_mark_the_run(repo, number, code):
     repo("slow", *SLOW)
     process, run, kernel = start(repo, experiment(repo, {"stage": "slow"}))
@@ -388,8 +388,9 @@ def test_signals_stop_the_kernel_and_mark_the_run(repo, number, code):
     _, err = process.communicate(timeout=30)
     assert process.returncode == code and "experiments.py" not in err, err
     assert gone(kernel)
-    assert json.loads((run.run_dir() / "run.json").read_text())["status"] == "failed"
-    assert (run.run_dir() / "notebook.failed.ipynb").exists() and "interrupted" in err
+    status, words = ("failed", "interrupted") if number == signal.SIGINT else ("preempted", "pre-empted by " + number.name)
+    assert json.loads((run.run_dir() / "run.json").read_text())["status"] == status
+    assert (run.run_dir() / f"notebook.{status}.ipynb").exists() and words in err
 
 
 def test_lock_keeps_a_second_process_away_and_ends_with_a_killed_one(repo, capsys):

@@ -10,7 +10,7 @@ from difiisr_dwt.datasets import PairDataset, batches
 from difiisr_dwt.models import ModelConfig, RestorationModel
 from difiisr_dwt.runs import load_experiment
 from difiisr_dwt.train_config import TrainConfig
-from difiisr_dwt.training import start_state, training_step
+from difiisr_dwt.training_step import start_state, training_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {run.name.partition("/")[0]: run for run in load_experiment(ROOT / "nbs/experiments/full_size.yaml")}

@@ -13,7 +13,7 @@ from difiisr_dwt.losses import latent_mse
 from difiisr_dwt.models import DetailConfig, ModelConfig, NetworkConfig, RestorationModel
 from difiisr_dwt.schedule import ResShiftSchedule
 from difiisr_dwt.train_config import TrainConfig, check_config
-from difiisr_dwt.training import TrainingLoss, draw_chain, loss_weights
+from difiisr_dwt.training_step import TrainingLoss, draw_chain, loss_weights
 
 TINY = NetworkConfig(channels=(8, 16), blocks=1, groups=4, embedding_channels=16)
 
