@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teach', 'attempt']
 
-# %% ../nbs/46_distillation.ipynb #dd546e2e
+# %% ../nbs/46_distillation.ipynb #9448a823
 import torch
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from .losses import latent_mse
 from .models import RestorationModel
 from .sampling import sample_ddim
 
-# %% ../nbs/46_distillation.ipynb #8e3f0a1d
+# %% ../nbs/46_distillation.ipynb #0cbf3211
 def teach(
     teacher: RestorationModel,
     up: Tensor,  # up-sampled LR, [B, 1, H, W] nominally in [-1, 1]

@@ -20,7 +20,7 @@ from torch import Tensor
 from .degradations import upsample
 from .guidance import Guidance
 from .images import ThermalImage, denormalize, level, normalize, robust_range
-from .models import ModelError, RestorationModel, available_models, choose_device, find_model, load_model
+from .models import ModelError, RestorationModel, choose_device, find_model, load_model
 from .published import PublishedModel, is_published, load_published, published_tiles, reflect_pad
 from .tiling import Tile, noise_crop, split
 
