@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingLoss', 'loss_weights', 'draw_chain', 'TrainState', 'initial_model', 'start_state', 'training_step']
 
-# %% ../nbs/47_training_step.ipynb #4c41231e
+# %% ../nbs/47_training_step.ipynb #6795f3e7
 import contextlib
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from .objective import Term, gradient_norms, make_terms, objective
 from .processes import Stop
 from .train_config import TrainConfig, learning_rate_factor
 
-# %% ../nbs/47_training_step.ipynb #ac551a65
+# %% ../nbs/47_training_step.ipynb #75d91680
 class TrainingLoss(nn.Module):
     "A model with all that it is judged by."
 
@@ -105,7 +105,7 @@ def draw_chain(
         steps = steps.new_full(steps.shape, model.schedule.steps - 1)
     return steps, torch.randn((whole, *model.noise_shape(up)[1:]), generator=generator, device=up.device)
 
-# %% ../nbs/47_training_step.ipynb #c850289e
+# %% ../nbs/47_training_step.ipynb #d9692cef
 @dataclass
 class TrainState:
     "What an iteration changes, and those who change it."
@@ -144,6 +144,8 @@ def initial_model(config: TrainConfig, dataset: PairDataset, resumed: bool = Fal
             model.measure(_pairs(config, dataset, config.sigma_batches))
         if config.initial:
             _take_over(model, config)
+        elif config.distillation.teacher:
+            model.latent_space.load_state_dict(_teacher_of(model, config).latent_space.state_dict())
     for part_, trained in ((model, False), (model.network, not config.frozen), (model.latent_space.codec, config.train_codec)):
         part_.requires_grad_(trained)
     if model.details is not None:
@@ -168,6 +170,17 @@ def _take_over(model: RestorationModel, config: TrainConfig) -> None:
     model.load_state_dict(model.state_dict() | other.state_dict())
 
 
+def _teacher_of(model: RestorationModel, config: TrainConfig, device: torch.device | str = "cpu") -> RestorationModel:
+    "The teacher of a distillation, which speaks of the same latent."
+    teacher = load_model(find_model(config.distillation.teacher), device)[0]
+    own = {name: getattr(model.config, name) for name in ("architecture", "network", "swin", "max_steps")}
+    if dataclasses.replace(teacher.config, **own) != model.config:
+        raise TrainingError(
+            f"{config.distillation.teacher}: latent and chain of the teacher differ from 'model'; take over {resolved(teacher.config)}"
+        )
+    return teacher
+
+
 def start_state(
     model: RestorationModel,  # of `initial_model`
     config: TrainConfig,
@@ -184,7 +197,10 @@ def start_state(
             discriminator.parameters(), config.discriminator.learning_rate, config.discriminator.betas, weight_decay=0.0, fused=True
         )
     if config.distillation.teacher:
-        teacher = load_model(find_model(config.distillation.teacher), accelerator.device)[0]
+        teacher = _teacher_of(model, config, accelerator.device)
+        for name, value in teacher.latent_space.state_dict().items():
+            if not torch.equal(value, model.latent_space.state_dict()[name]):
+                raise TrainingError(f"{config.distillation.teacher}: other deviations than those of {config.initial}; start from the teacher")
     lighten(model.network, config)
     loss = prepared(TrainingLoss(model, config, discriminator, teacher), config, accelerator)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -195,7 +211,7 @@ def start_state(
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "float16")
     return TrainState(model, average, optimizer, loss, accelerator, scaler, discriminator, judge)
 
-# %% ../nbs/47_training_step.ipynb #d70cd948
+# %% ../nbs/47_training_step.ipynb #7cb50b91
 def training_step(
     state: TrainState,
     batch: dict[str, Tensor],  # this process's part of one, of `PairDataset`
