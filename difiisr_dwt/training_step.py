@@ -26,7 +26,7 @@ from .distributed import Accelerator, lighten, make_accelerator, prepared, share
 from .latent_space import LatentSpace
 from .losses import discriminator_loss, r1_penalty, step_weights
 from .models import DetailConfig, RestorationModel, find_model, load_model
-from .objective import Term, gradient_norms, make_terms, objective
+from .objective import Term, gradient_norms, make_terms, objective, shares
 from .processes import Stop
 from .train_config import TrainConfig, learning_rate_factor
 
@@ -249,12 +249,14 @@ def training_step(
     state.scaler.unscale_(state.optimizer)
     norm = whole(nn.utils.clip_grad_norm_(parameters.values(), config.clip))
     told = torch.stack([*sums.values(), torch.as_tensor(float(bool(stop and stop.signal)), device=device)])
-    *shares, ended = accelerator.reduce(told, "mean").tolist()
-    values = {"loss": sum(shares), "gradient_norm": norm.item(), "learning_rate": config.learning_rate * rate, "stop": ended}
-    if len(sums) > 1:
-        values |= {f"loss/{k}": v for k, v in zip(sums, shares, strict=True)}
-        values |= {f"gradient/{k}": v for k, v in norms.items()}
-        values |= {f"weight/{term.name}": term.weight(state.iteration, config.iterations) for term in accelerator.unwrap_model(state.loss).terms}
+    *parts_, ended = accelerator.reduce(told, "mean").tolist()
+    values = {"loss": sum(parts_), "gradient_norm": norm.item(), "learning_rate": config.learning_rate * rate, "stop": ended}
+    terms = accelerator.unwrap_model(state.loss).terms
+    if len(sums) > 1 or terms:
+        told_of = {term.name: 0.0 for term in terms} | dict(zip(sums, parts_, strict=True))  # a term that waits for its start, too
+        values |= {f"loss/{k}": v for k, v in told_of.items()} | {f"loss_share/{k}": v for k, v in shares(told_of).items()}
+        values |= {f"gradient/{k}": v for k, v in norms.items()} | {f"gradient_share/{k}": v for k, v in shares(norms).items()}
+        values |= {"weight/mse": config.mse} | {f"weight/{term.name}": term.weight(state.iteration, config.iterations) for term in terms}
     finite = math.isfinite(values["gradient_norm"]) or config.precision == "float16"  # its scaler skips such a step
     if not (finite and math.isfinite(values["loss"])):
         raise TrainingError(f"iteration {state.iteration}: loss {values['loss']}, gradient norm {values['gradient_norm']}")
