@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEP_WEIGHTS', 'RAMPS', 'latent_mse', 'kl_weights', 'decoded_loss', 'charbonnier', 'sobel', 'edge_loss',
-           'thermal_spectrum', 'spectrum_loss', 'feature_loss', 'discriminator_loss', 'adversarial_loss', 'r1_penalty',
-           'step_weights', 'ramp']
+           'gradient_similarity_loss', 'thermal_spectrum', 'spectrum_loss', 'feature_loss', 'discriminator_loss',
+           'adversarial_loss', 'r1_penalty', 'step_weights', 'ramp']
 
-# %% ../nbs/32_losses.ipynb #9ad32b6c
+# %% ../nbs/32_losses.ipynb #dc64a4aa
 import math
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from .latent_space import LatentSpace
 from .schedule import ResShiftSchedule, RespacedSchedule
 
-# %% ../nbs/32_losses.ipynb #df860e54
+# %% ../nbs/32_losses.ipynb #d491aa15
 def latent_mse(
     prediction: Tensor,  # x0 as predicted, [B, C, h, w]
     x0: Tensor,  # whitened latent, same shape
@@ -46,7 +46,7 @@ def kl_weights(
     weights = schedule.weight_loss_mse.clamp(max=ceiling)
     return weights / weights.mean()
 
-# %% ../nbs/32_losses.ipynb #bdbcf6aa
+# %% ../nbs/32_losses.ipynb #3c887ea8
 def decoded_loss(
     prediction: Tensor,  # x0 as predicted, [B, C, h, w]
     hr: Tensor,  # truth, [B, 1, H, W] nominally in [-1, 1]
@@ -58,7 +58,7 @@ def decoded_loss(
     image = latent_space.decode(prediction, up)
     return distance((image + 1) / 2, (hr + 1) / 2).mean()
 
-# %% ../nbs/32_losses.ipynb #521c8065
+# %% ../nbs/32_losses.ipynb #02805c0c
 def _full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -91,6 +91,25 @@ def edge_loss(
     return charbonnier(sobel(_full(image)), sobel(_full(truth)), epsilon)
 
 
+def gradient_similarity_loss(
+    image: Tensor,  # [B, C, H, W] in [0, 1]
+    truth: Tensor,  # same shape
+    epsilon: float = 1e-3,
+) -> Tensor:  # [B], 0 for equal images, at most 1
+    """1 − the mean similarity of gradient magnitudes at half size (Xue et al. 2014, arXiv 1308.3052): what grain cannot win.
+
+    The metric of that paper is the deviation of the same map, `structure.gmsd`; ε keeps the root smooth on flat ground.
+    """
+    def magnitude(x: Tensor) -> Tensor:
+        x = F.avg_pool2d(_full(x), 2)
+        rows, columns = (sum(x.narrow(d, i, x.shape[d] - 2) for i in range(3)) / 3 for d in (-2, -1))  # Prewitt's
+        across, down = rows[..., 2:] - rows[..., :-2], columns[..., 2:, :] - columns[..., :-2, :]
+        return (across.square() + down.square() + epsilon**2).sqrt()
+
+    a, b, c = magnitude(image), magnitude(truth), 170 / 255**2
+    return (1 - (2 * a * b + c) / (a.square() + b.square() + c)).mean((1, 2, 3))
+
+
 def thermal_spectrum(
     image: Tensor,  # [B, C, H, W] in [0, 1]
 ) -> Tensor:  # same shape, zero frequency in the middle, mean 0 and deviation 1 per channel
@@ -119,7 +138,7 @@ def feature_loss(
             wanted = features(_full(truth))
         return torch.stack([(a - b).square().flatten(1).mean(1) for a, b in zip(features(_full(image)), wanted)]).mean(0)
 
-# %% ../nbs/32_losses.ipynb #f4f20ed7
+# %% ../nbs/32_losses.ipynb #92c20b81
 def discriminator_loss(
     real: Tensor,  # logits of HR, [B, 1, h, w]
     fake: Tensor,  # logits of SR, same shape
@@ -146,7 +165,7 @@ def r1_penalty(
         (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return gradient.square().sum((1, 2, 3)) * (len(logits) / logits.numel())
 
-# %% ../nbs/32_losses.ipynb #9504445f
+# %% ../nbs/32_losses.ipynb #5201b0eb
 def _staircase(schedule: ResShiftSchedule | RespacedSchedule, *values: float) -> Tensor:
     "Thirds of the chain, from small t to large."
     t = torch.arange(len(schedule), dtype=torch.float64)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingLoss', 'loss_weights', 'draw_chain', 'TrainState', 'initial_model', 'start_state', 'training_step']
 
-# %% ../nbs/47_training_step.ipynb #6795f3e7
+# %% ../nbs/47_training_step.ipynb #ed0ec09d
 import contextlib
 import dataclasses
 import math
@@ -26,11 +26,11 @@ from .distributed import Accelerator, lighten, make_accelerator, prepared, share
 from .latent_space import LatentSpace
 from .losses import discriminator_loss, r1_penalty, step_weights
 from .models import DetailConfig, RestorationModel, find_model, load_model
-from .objective import Term, gradient_norms, make_terms, objective, shares
+from .objective import Term, draw_grain, gradient_norms, make_terms, objective, shares
 from .processes import Stop
 from .train_config import TrainConfig, learning_rate_factor
 
-# %% ../nbs/47_training_step.ipynb #75d91680
+# %% ../nbs/47_training_step.ipynb #34741636
 class TrainingLoss(nn.Module):
     "A model with all that it is judged by."
 
@@ -56,6 +56,7 @@ class TrainingLoss(nn.Module):
         t: Tensor,  # int64 [B, 2], steps of the chain and of a cascade's second one
         noise: Tensor,  # normal, see `RestorationModel.noise_shape`
         iteration: int,  # of the run
+        grain: Tensor | None = None,  # of `objective.draw_grain`, for terms that want it
     ) -> tuple[dict[str, Tensor], Tensor]:  # weighted parts of the loss, scalars; x0 as predicted
         "The loss of a batch, part by part."
         model, config, (teacher,) = self.model, self.config, self.beside
@@ -78,7 +79,7 @@ class TrainingLoss(nn.Module):
             return extra, prediction
         parts = objective(
             prediction, x0, step, hr, up, space, self.terms, iteration, config.iterations,
-            band_weights=self.band_weights, mse_weights=self.mse_weights, mse=config.mse,
+            band_weights=self.band_weights, mse_weights=self.mse_weights, mse=config.mse, grain=grain,
         )
         return parts | extra, prediction
 
@@ -105,7 +106,7 @@ def draw_chain(
         steps = steps.new_full(steps.shape, model.schedule.steps - 1)
     return steps, torch.randn((whole, *model.noise_shape(up)[1:]), generator=generator, device=up.device)
 
-# %% ../nbs/47_training_step.ipynb #d9692cef
+# %% ../nbs/47_training_step.ipynb #e935c453
 @dataclass
 class TrainState:
     "What an iteration changes, and those who change it."
@@ -211,7 +212,7 @@ def start_state(
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "float16")
     return TrainState(model, average, optimizer, loss, accelerator, scaler, discriminator, judge)
 
-# %% ../nbs/47_training_step.ipynb #7cb50b91
+# %% ../nbs/47_training_step.ipynb #ec5657ce
 def training_step(
     state: TrainState,
     batch: dict[str, Tensor],  # this process's part of one, of `PairDataset`
@@ -231,16 +232,20 @@ def training_step(
     torch.manual_seed(seed * 1009 + accelerator.process_index)  # what dropout draws from
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     hr, up = batch["hr"], upsample_crop(batch["lr"], model.config.scale)
-    drawn = draw_chain(model, up, torch.Generator(device).manual_seed(seed), accelerator.num_processes, config.t)
-    t, noise = (share(x, accelerator) for x in drawn)
+    generator, terms = torch.Generator(device).manual_seed(seed), accelerator.unwrap_model(state.loss).terms
+    drawn = draw_chain(model, up, generator, accelerator.num_processes, config.t)
+    images = len(up) * accelerator.num_processes
+    wanted = any(term.config.grain for term in terms)
+    grain = draw_grain(up, images, generator) if wanted else up.new_zeros(images, 1, 1, 1)
+    t, noise, grain = (share(x, accelerator) for x in (*drawn, grain))
 
     state.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    pieces = list(zip(*(x.chunk(config.accumulation) for x in (hr, up, t, noise)), strict=True))
+    pieces = list(zip(*(x.chunk(config.accumulation) for x in (hr, up, t, noise, grain)), strict=True))
     predictions, norms = [], {}
-    for number, (hr_, up_, t_, noise_) in enumerate(pieces, 1):
+    for number, (hr_, up_, t_, noise_, grain_) in enumerate(pieces, 1):
         with without_sync(state.loss, accelerator) if number < len(pieces) else contextlib.nullcontext():
-            parts, prediction = state.loss(hr_, up_, t_, noise_, state.iteration)
+            parts, prediction = state.loss(hr_, up_, t_, noise_, state.iteration, grain_)
             if record and number == len(pieces) and len(parts) > 1 and prediction.requires_grad:
                 norms = gradient_norms(parts, prediction)
             state.scaler.scale(sum(parts.values()) / len(pieces)).backward()
@@ -251,7 +256,6 @@ def training_step(
     told = torch.stack([*sums.values(), torch.as_tensor(float(bool(stop and stop.signal)), device=device)])
     *parts_, ended = accelerator.reduce(told, "mean").tolist()
     values = {"loss": sum(parts_), "gradient_norm": norm.item(), "learning_rate": config.learning_rate * rate, "stop": ended}
-    terms = accelerator.unwrap_model(state.loss).terms
     if len(sums) > 1 or terms:
         told_of = {term.name: 0.0 for term in terms} | dict(zip(sums, parts_, strict=True))  # a term that waits for its start, too
         values |= {f"loss/{k}": v for k, v in told_of.items()} | {f"loss_share/{k}": v for k, v in shares(told_of).items()}

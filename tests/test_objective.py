@@ -27,6 +27,7 @@ from difiisr_dwt.losses import (
     decoded_loss,
     discriminator_loss,
     edge_loss,
+    gradient_similarity_loss,
     feature_loss,
     kl_weights,
     latent_mse,
@@ -81,7 +82,7 @@ def judge():
 
 
 features = TinyFeatures().requires_grad_(False)
-DISTANCES = {"charbonnier": charbonnier, "edges": edge_loss, "spectrum": spectrum_loss, "features": partial(feature_loss, features=features)}
+DISTANCES = {"charbonnier": charbonnier, "edges": edge_loss, "gms": gradient_similarity_loss, "spectrum": spectrum_loss, "features": partial(feature_loss, features=features)}
 JUDGED = DISTANCES | {"adversarial": lambda image, _: adversarial_loss(judge()(image))}
 
 
