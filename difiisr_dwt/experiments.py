@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,12 +25,14 @@ from typing import Any
 import nbformat
 import yaml
 
+from .configuration import ConfigurationError
 from .images import atomic_path, write_json
-from .processes import SIGNALS, listening, locked
+from .processes import exit_code, listening, locked, stopping
 from .runs import ExperimentError, Run, load_experiment, read_yaml
 
 # %% auto #0
-__all__ = ['RunResult', 'run_experiment', 'parse_overrides', 'run_command', 'exit_code']
+__all__ = ['RunResult', 'read_record', 'run_experiment', 'run_all', 'newer_needs', 'make_run', 'parse_overrides', 'run_command',
+           'concluded']
 
 # %% ../nbs/61_experiments.ipynb #89282e08
 class _Terminal:
@@ -156,7 +159,7 @@ def _execute(notebook: Path, output: Path, parameters: dict, cwd: Path, terminal
 class RunResult:
     "What became of a run."
     run: Run
-    status: str  # finished | skipped | failed | blocked (one it needs did not finish) | busy (another process has it) | preempted
+    status: str  # finished | skipped | failed | blocked (one it needs did not finish) | busy (another process has it) | preempted | cancelled
     run_dir: Path
     seconds: float = 0.0
     message: str = ""
@@ -166,7 +169,9 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _record(run_dir: Path) -> dict:
+def read_record(
+    run_dir: Path,
+) -> dict[str, Any]:
     "run.json of a run folder: status and times; empty where there is none."
     try:
         return json.loads((run_dir / "run.json").read_text())
@@ -215,9 +220,9 @@ def _run(run: Run, root: Path, source: str, terminal: _Terminal, patience: float
     return RunResult(run, status, run_dir, seconds, message or "")
 
 
-def _record_of_job() -> dict[str, str]:
+def _record_of_job() -> dict[str, Any]:
     job = os.environ.get("SLURM_JOB_ID")
-    return {"job": job} if job else {}
+    return {"job": job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0)} if job else {}
 
 
 def _forget_places(notebook: Path) -> None:
@@ -249,26 +254,55 @@ def run_experiment(
     overrides: Mapping[str, Any] | None = None,  # (dotted) parameter: value
 ) -> list[RunResult]:  # one per run
     "Make every run of an experiment file that is not finished; raises `ExperimentError` before the first one starts."
-    runs, root = load_experiment(path, overrides), Path(root).resolve()
-    terminal, results = _Terminal(sys.stderr), {}
+    return run_all(load_experiment(path, overrides), root, Path(path).name)
+
+
+def run_all(
+    runs: Sequence[Run],  # each after those it needs
+    root: str | Path = "reports",
+    source: str = "",  # the experiment's file, for the record
+) -> list[RunResult]:
+    "Make every run that is not finished, one after the other."
+    root, results = Path(root).resolve(), {}
     for number, run in enumerate(runs, 1):
-        run_dir, title = run.run_dir(root), f"[{number}/{len(runs)}] {run.name} ({run.stage}/{run.run_id})"
+        title = f"[{number}/{len(runs)}] {run.name} ({run.stage}/{run.run_id})"
         needed = {need: results[need].status for need in run.needs if need in results}
         lost = ["/".join(need) for need, status in needed.items() if status not in ("finished", "skipped")]
         if lost:
-            result = RunResult(run, "blocked", run_dir, message=f"not run, it needs {lost[0]}")
-            terminal.say(f"{title}: {result.message}")
+            result = RunResult(run, "blocked", run.run_dir(root), message=f"not run, it needs {lost[0]}")
+            _Terminal(sys.stderr).say(f"{title}: {result.message}")
         else:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                with locked(run_dir / ".lock") as holder:
-                    result = _run_or_skip(run, root, Path(path).name, holder, title, terminal)
-            except OSError as error:
-                raise ExperimentError(f"{run_dir}: cannot be written ({error.strerror or error})") from None
+            result = make_run(run, root, source, title)
         results[run.stage, run.run_id] = result
         if result.status == "preempted":
             break
     return list(results.values())
+
+
+def newer_needs(
+    run: Run,
+    root: str | Path = "reports",
+) -> list[str]:  # stages
+    "The runs it needs that were made again after it was finished."
+    finished = read_record(run.run_dir(root)).get("finished", "9")
+    return [stage for stage, run_id in run.needs if read_record(Path(root) / stage / run_id).get("finished", "") > finished]
+
+
+def make_run(
+    run: Run,  # those it needs are finished
+    root: str | Path = "reports",
+    source: str = "",  # the experiment's file, for the record
+    title: str = "",  # what lines about it begin with
+) -> RunResult:
+    "Make one run, unless it is finished or another process is making it; raises `ExperimentError` where its folder cannot be written."
+    root = Path(root).resolve()
+    run_dir = run.run_dir(root)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(run_dir / ".lock") as holder:
+            return _run_or_skip(run, root, source, holder, title or f"{run.name} ({run.stage}/{run.run_id})", _Terminal(sys.stderr))
+    except OSError as error:
+        raise ExperimentError(f"{run_dir}: cannot be written ({error.strerror or error})") from None
 
 
 def _run_or_skip(run: Run, root: Path, source: str, holder: int | None, title: str, terminal: _Terminal) -> RunResult:
@@ -276,8 +310,7 @@ def _run_or_skip(run: Run, root: Path, source: str, holder: int | None, title: s
     if holder is not None:
         terminal.say(f"{title}: left alone, process {holder} is running it")
         return RunResult(run, "busy", run_dir, message=f"process {holder} is running it")
-    record = _record(run_dir)
-    newer = [s for s, i in run.needs if _record(root / s / i).get("finished", "") > record.get("finished", "9")]
+    record, newer = read_record(run_dir), newer_needs(run, root)
     if run.finished(root) and not newer:
         same = record.get("code", "") in ("", _code_hash(run.notebook))
         older = "" if same else f" by another version of {run.notebook.name}"
@@ -297,14 +330,15 @@ def _run_or_skip(run: Run, root: Path, source: str, holder: int | None, title: s
 # %% ../nbs/61_experiments.ipynb #79b63669
 def parse_overrides(
     words: Sequence[str],  # 'key=value', the value as in YAML
+    option: str = "--set",  # where they were given, for the message
 ) -> dict[str, Any]:
     "The `--set` options of the command line; raises `ExperimentError` on a word without `=`."
     overrides = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.strip():
-            raise ExperimentError(f"--set {word}: write it as key=value")
-        overrides[key.strip()] = read_yaml(value, f"--set {word}")
+            raise ExperimentError(f"{option} {word}: write it as key=value".strip())
+        overrides[key.strip()] = read_yaml(value, f"{option} {word}".strip())
     return overrides
 
 
@@ -315,35 +349,37 @@ def run_command(
 ) -> int:  # exit code
     "Run experiment files for the command line; messages go to stderr."
 
-    def stop(number: int, _: object) -> None:  # between two notebooks
-        raise SystemExit(exit_code(signal.Signals(number).name))
+    def work() -> list[RunResult]:
+        given = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+        experiments = [(Path(path).name, load_experiment(path, given)) for path in paths]  # a mistake in the last one shows before any run
+        return [result for name, runs in experiments for result in run_all(runs, root, name)]
 
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever started it handles signals
-            for name in SIGNALS:
-                if number := getattr(signal, name, None):
-                    stack.callback(signal.signal, number, signal.signal(number, stop))
-        try:
-            overrides = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-            for path in paths:
-                load_experiment(path, overrides)  # so that a mistake in the last file shows before the first has run
-            results = [r for path in paths for r in run_experiment(path, root, overrides)]
-        except ExperimentError as error:
-            print(f"difiisr run: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
-        except SystemExit as error:
-            return int(error.code or 0)
-    counts = {s: sum(r.status == s for r in results) for s in ("finished", "skipped", "failed", "blocked", "busy", "preempted")}
-    print(", ".join(f"{n} {s}" for s, n in counts.items() if n) + f" in {_shown(Path(root))}", file=sys.stderr)
-    if counts["preempted"]:
-        return exit_code(results[-1].message.split()[2])
-    return int(any(counts[s] for s in ("failed", "blocked", "busy")))
+    return concluded(work, root)
 
 
-def exit_code(
-    name: str,  # of the signal that ended a run
-) -> int:
-    "143 for SIGTERM, as a shell would say; 75 (try again later) for the signals of a cluster."
-    return 143 if name == "SIGTERM" else 75
+_BAD = ("failed", "blocked", "busy", "cancelled")
+
+
+def concluded(
+    work: Callable[[], Sequence[RunResult]],
+    root: str | Path = "reports",
+    command: str = "run",
+) -> int:  # exit code
+    "Do the work of a command, sum it up on stderr, and say as an exit code how it went."
+    try:
+        with stopping():
+            results = work()
+    except ValueError as error:
+        if not isinstance(error, ExperimentError | ConfigurationError):
+            raise
+        print(f"difiisr {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    counts = Counter(result.status for result in results)
+    print(", ".join(f"{counts[s]} {s}" for s in ("finished", "skipped", *_BAD, "preempted") if counts[s]) + f" in {_shown(Path(root))}", file=sys.stderr)
+    if stopped := next((r for r in results if r.status == "preempted"), None):
+        return exit_code((stopped.message.split() + [""] * 3)[2])
+    return int(any(counts[s] for s in _BAD))

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import yaml
 from .configuration import unknown_key_message
 
 # %% auto #0
-__all__ = ['ExperimentError', 'find_stage', 'stage_parameters', 'referenced_runs', 'Run', 'read_yaml', 'load_experiment']
+__all__ = ['ExperimentError', 'find_stage', 'stage_parameters', 'referenced_runs', 'Run', 'read_yaml', 'load_experiment',
+           'load_stage']
 
 # %% ../nbs/60_runs.ipynb #154b5098
 class ExperimentError(ValueError):
@@ -143,6 +144,7 @@ class Run:
     params: dict[str, Any]
     name: str = ""
     notebook: Path | None = None
+    executor: dict[str, Any] = field(default_factory=dict)  # what it asks of a cluster; no part of its name
 
     @property
     def run_id(self) -> str:
@@ -184,6 +186,9 @@ class _Loader(yaml.SafeLoader):
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Loader.add_constructor(  # 2:30:00 is a time of two hours and a half, not the number 9000
+    "tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node)
+)
 
 
 def read_yaml(
@@ -197,8 +202,8 @@ def read_yaml(
         raise ExperimentError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
-def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    "The mapping of an experiment file with its bases merged underneath; runs as a dict by name."
+def _read_file(path: Path, above: tuple[Path, ...] = (), plain: bool = False) -> Any:
+    "The mapping of an experiment file with its bases merged underneath, runs as a dict by name; or, plain, what it says."
     path = path.resolve()
     if path in above:
         raise ExperimentError(f"{path.name}: `base:` goes in a circle: {' -> '.join(p.name for p in (*above, path))}")
@@ -207,19 +212,21 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ExperimentError(f"{path}: cannot be read as an experiment file: {why}") from None
-    return _checked(content, path, above)
+    return content if plain else _checked(content, path, above)
 
 
 def _checked(content: Any, path: Path, above: tuple[Path, ...] = (), run: bool = False) -> dict:
     "One mapping of an experiment file (or, with `run`, of one of its `runs`), checked, and its base merged underneath."
-    known = ["base", "stage", "params", "name", *([] if run else ["grid", "runs", "description"])]
+    known = ["base", "stage", "params", "name", "executor", *([] if run else ["grid", "runs", "description"])]
     if not isinstance(content, dict):
         what = "every run" if run else "an experiment file"
         raise ExperimentError(f"{path.name}: {what} must be a mapping with `stage` and `params`, not {content!r}")
     for key in content:
         if key not in known:
             raise ExperimentError(unknown_key_message(str(key), known, path.name))
-    own = {**content, "grid": content.get("grid") or {}, "runs": {}}
+    own = {**content, "grid": content.get("grid") or {}, "runs": {}, "executor": content.get("executor") or {}}
+    if not isinstance(own["executor"], dict):
+        raise ExperimentError(f"{path.name}: `executor` must map words of Slurm to values, such as `time: 2:00:00`, not {own['executor']!r}")
     own["params"] = _nested(content.get("params") or {}, path.name)
     if not isinstance(own["grid"], dict) or not all(isinstance(v, list) and v for v in own["grid"].values()):
         raise ExperimentError(f"{path.name}: `grid` must map parameters to lists of values, not {own['grid']!r}")
@@ -289,8 +296,12 @@ def load_experiment(
     overrides: Mapping[str, Any] | None = None,  # (dotted) parameter: value; takes the place of a grid's axis too
 ) -> list[Run]:  # in the order of the file, each once
     "The runs that an experiment file describes; raises `ExperimentError` where it cannot be run as written."
-    path, overrides = Path(path), dict(overrides or {})
-    content, source = _read_file(path), path.name
+    return _expanded(_read_file(Path(path)), Path(path), dict(overrides or {}))
+
+
+def _expanded(content: dict, path: Path, overrides: dict[str, Any]) -> list[Run]:
+    "The runs of a checked experiment."
+    source, single = path.name, not content["runs"]
     single = not content["runs"]
     if single and "stage" not in content:
         raise ExperimentError(f"{source}: needs `stage: NAME`, the name of a stage notebook, or `runs:`")
@@ -312,6 +323,27 @@ def load_experiment(
         for name, entry in chosen.items():
             given = _substituted(entry["params"], lambda s, n=name: _referring(s, made, n, source))  # noqa: B023
             stage = notebooks[name].stem
-            run = Run(stage, _fit(given, defaults[name], "", f"{source}, stage {stage}"), name + label, notebooks[name])
+            executor = _merge(content["executor"], entry["executor"])
+            run = Run(stage, _fit(given, defaults[name], "", f"{source}, stage {stage}"), name + label, notebooks[name], executor)
             made[name] = found.setdefault((stage, run.run_id), run)
     return list(found.values())
+
+
+def load_stage(
+    path: str | Path,  # a YAML file: an experiment of one run, or the parameters of the stage and nothing else
+    stage: str,  # such as 'train'
+    overrides: Mapping[str, Any] | None = None,  # (dotted) parameter: value
+) -> list[Run]:  # the one
+    "The run of a stage that a file describes; raises `ExperimentError` where it describes another, or several."
+    path = Path(path)
+    content = _read_file(path, plain=True)
+    if isinstance(content, dict) and not {"stage", "base", "params", "runs", "grid", "executor"} & set(content):
+        content = _checked({"stage": stage, "params": content}, path)
+    else:
+        content = _checked(content, path)
+    runs = _expanded(content, path, dict(overrides or {}))
+    if len(runs) > 1:
+        raise ExperimentError(f"{path.name}: describes {len(runs)} runs; use `difiisr run {path.name}`")
+    if runs[0].stage != stage:
+        raise ExperimentError(f"{path.name}: describes a run of the stage {runs[0].stage!r}, not {stage!r}; use `difiisr run {path.name}`")
+    return runs
