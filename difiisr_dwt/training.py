@@ -200,7 +200,7 @@ def _loop(
             bar.set_postfix(loss=f"{np.mean([row['loss'] for row in rows[-50:]]):.4f}", refresh=False)
             done = state.iteration == config.iterations
             if log:
-                means = {k: float(np.mean([row[k] for row in rows])) for k in values if k.startswith(("loss", "discriminator"))}
+                means = {k: float(np.mean([row[k] for row in rows if k in row])) for k in values if k.startswith(("loss", "discriminator"))}
                 speed = (state.iteration - first) / (time.monotonic() - started)
                 journal.write(state.iteration, {k: v for k, v in values.items() if k != "stop"} | means | {
                     "iterations_per_second": speed, "cpu_seconds": state.cpu_seconds,
