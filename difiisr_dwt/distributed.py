@@ -33,7 +33,7 @@ from .images import write_json
 from .models import choose_device
 from .processes import die_with_parent, listening
 from .train_config import TrainConfig
-from .unet import ResidualBlock
+from .unet import CompactUNet, ResidualBlock
 from .unet_swin import ResBlock, SwinBlock
 
 # %% ../nbs/45_distributed.ipynb #177b73d5
@@ -75,11 +75,20 @@ def share(
 _BLOCKS = (ResidualBlock, ResBlock, SwinBlock)
 
 
+def _channels_last(_: nn.Module, inputs: tuple) -> tuple:
+    "Images among a network's inputs with their channels innermost in memory; the layers after it keep to that."
+    return tuple(x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs)
+
+
 def lighten(
     network: nn.Module,
     config: TrainConfig,
 ) -> None:
-    "Trade time for memory (activations computed twice, arXiv 1604.06174), or memory for time (compiled), as configured."
+    """Trade time for memory (activations computed twice, arXiv 1604.06174), or memory for time (compiled), as configured;
+    lay activations out in memory as `memory_format` says. Parameters stay as they are, and so do checkpoints."""
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if config.memory_format == "channels_last" or config.memory_format == "auto" and on_cpu and isinstance(network, CompactUNet):
+        network.register_forward_pre_hook(_channels_last)
     if config.activation_checkpointing:
         for block in network.modules():
             if isinstance(block, _BLOCKS):  # the method, not the module: names of parameters stay

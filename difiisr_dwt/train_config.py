@@ -113,6 +113,7 @@ class TrainConfig:
     precision: str = "float32"  # or bfloat16, float16: by autocast, the latter with a scaled loss
     processes: int = 1  # on each machine, one per GPU
     nodes: int = 1  # machines, of one Slurm job
+    memory_format: str = "auto"  # of the network's activations: contiguous, channels_last, or auto, what is faster on this device
     compile: bool = False  # torch.compile of the network
     activation_checkpointing: bool = False  # compute activations twice instead of keeping them
     sharded: bool = False  # parameters and moments spread over the processes (FSDP)
@@ -120,7 +121,7 @@ class TrainConfig:
 
 MAY_CHANGE = (  # between a run and its continuation
     "validate_every", "checkpoint_every", "checkpoints_kept", "log_every", "workers", "device", "processes", "accumulation",
-    "compile", "activation_checkpointing", "sharded", "cache", "nodes",
+    "memory_format", "compile", "activation_checkpointing", "sharded", "cache", "nodes",
 )
 
 # %% ../nbs/44_train_config.ipynb #aadf3cf1
@@ -129,6 +130,7 @@ def check_config(config: TrainConfig) -> None:
     for key, known in (
         ("error_of", ("latent", "image")), ("t", ("uniform", "last")), ("decay", DECAYS),
         ("precision", ("float32", "bfloat16", "float16")), ("best", ("psnr_1", "psnr_all", "lpips_1", "lpips_all")),
+        ("memory_format", ("auto", "contiguous", "channels_last")),
     ):
         if getattr(config, key) not in known:
             raise TrainingError(f"{key!r} must be one of {', '.join(known)}, not {getattr(config, key)!r}")

@@ -6,13 +6,17 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from difiisr_dwt import codec_benchmark
+from difiisr_dwt import codec_benchmark, training, training_benchmark
 from difiisr_dwt.codec_benchmark import available_peers, bench_codecs, coder_job
 from difiisr_dwt.codecs import CODECS
+from difiisr_dwt.configuration import configure
 from difiisr_dwt.costs import TwoBranchUNet, costs
 from difiisr_dwt.experiments import run_experiment
 from difiisr_dwt.profiling import ProfilingError, interleaved, peak_memory
+from difiisr_dwt.train_config import TrainConfig
+from difiisr_dwt.training_benchmark import PARTS, SELDOM, compare_settings, network_share, part_table, watch_training
 
 
 def run_stage(tmp_path, stage, params):
@@ -121,3 +125,77 @@ class Quiet(torch.nn.Module):
 def test_unknown_system_is_named():
     with pytest.raises(ProfilingError, match="'paket' is no system"):
         costs(["paket"])
+
+
+TINY = {
+    "train": ["scenes:2"], "validation": ["scenes:1@1000000"], "crop": 64, "batch": 2, "device": "cpu",
+    "model": {"network": {"channels": [16, 24], "blocks": 1}, "schedule": {"steps": 2}},
+}  # fmt: skip
+
+
+def test_bench_training_stage(tmp_path):
+    folder, metrics = run_stage(tmp_path, "bench_training", TINY | {
+        "kernels": ["bicubic", "sensor"], "iterations": 10, "settings": ["default", "contiguous", "1 worker"], "rounds": 2, "threads": 1,
+    })  # fmt: skip
+    for kernel in ("bicubic", "sensor"):
+        parts = [part for part in metrics["parts"] if part["kernel"] == kernel]
+        assert {p["part"] for p in parts} == set(PARTS) - {*SELDOM, "gradient norms"}, "without terms there is one gradient"
+        assert sum(p["wall_share"] for p in parts) == pytest.approx(1) == sum(p["cpu_share"] for p in parts)
+    assert [row["setting"] for row in metrics["rows"]] == ["default", "contiguous", "1 worker"]
+    assert metrics["rows"][1]["loss_difference"] < 1e-3 and metrics["rows"][2]["loss_difference"] == 0
+    assert metrics["rows"][2]["cpu_ratio"] is None, "a worker's processor time is not on this clock"
+    share = metrics["shares"][0]["wall"]
+    assert 0 < share < 1 and metrics["verdict"]["passed"] == (share >= 0.8) and f"{share:.1%}" in metrics["conclusion"]
+    assert (folder / "figures" / "training.png").stat().st_size > 10_000 and (folder / "steps.csv").is_file()
+
+
+def test_every_moment_of_a_training_is_accounted_for(tmp_path):
+    """Parts add up to a clock beside theirs; afterwards, nothing is watched any more; a name that is gone is an error."""
+    before = training_benchmark._timed_places(training_benchmark.PartClock())
+    before = [owner.__dict__.get(name) for owner, name, _ in before]
+    config = configure(TrainConfig, TINY | {"iterations": 6, "log_every": 2, "terms": {"charbonnier": 0.1}, "sigma_batches": 1})
+    rows = watch_training(config, tmp_path / "run", warmup=2)
+    assert len(rows) == 4 and all("gradient norms" in row for row in rows[1::2])
+    for row in rows:
+        for clock in (0, 1):
+            assert sum(row[part][clock] for part in row if part != "whole") == pytest.approx(row["whole"][clock], rel=0.02, abs=2e-3)
+    assert 0 < network_share(rows) < 1 and {"forward", "backward"} <= {r["part"] for r in part_table(rows)}
+    assert [owner.__dict__.get(name) for owner, name, _ in training_benchmark._timed_places(training_benchmark.PartClock())] == before
+    with pytest.raises(ProfilingError, match="more than 6 iterations"):
+        watch_training(config, tmp_path / "other", warmup=6)
+
+
+def test_a_watched_training_learns_what_another_does(tmp_path):
+    config = configure(TrainConfig, TINY | {"iterations": 3, "sigma_batches": 1})
+    watch_training(config, tmp_path / "watched", warmup=0)
+    training.train(config, tmp_path / "plain")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("watched", "plain"))
+    assert one == other
+
+
+def test_compile_is_left_out_where_there_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_benchmark, "compiler_missing", lambda: "there is none")
+    config = configure(TrainConfig, TINY | {"sigma_batches": 1})
+    rows, left_out = compare_settings(config, tmp_path, ("default", "compile"), rounds=1, warmup=2)
+    assert [row["setting"] for row in rows] == ["default"] and left_out == {"compile": "there is none"}
+
+
+def test_a_run_goes_on_with_another_memory_format(tmp_path):
+    """Checkpoints do not know it; what is learnt differs by rounding."""
+    config = TINY | {"iterations": 6, "checkpoint_every": 3, "sigma_batches": 1, "learning_rate": 1e-3, "warmup": 1}
+    for first, second in (("contiguous", "contiguous"), ("contiguous", "channels_last"), ("channels_last", "contiguous")):
+        folder = tmp_path / f"{first}-{second}"
+        stop = RuntimeError("here")
+
+        def break_off(state, stop=stop):
+            if state.iteration == 4:
+                raise stop
+
+        with pytest.raises(RuntimeError, match="here"):
+            training.train(configure(TrainConfig, config | {"memory_format": first}), folder, break_off)
+        training.train(configure(TrainConfig, config | {"memory_format": second}), folder)
+    tensors = [load_file(f / "model.safetensors") for f in sorted(tmp_path.iterdir())]
+    for other in tensors[1:]:
+        assert other.keys() == tensors[0].keys()
+        for name, value in other.items():
+            torch.testing.assert_close(value, tensors[0][name], rtol=1e-3, atol=1e-4)
