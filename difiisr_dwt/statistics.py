@@ -6,7 +6,7 @@
 __all__ = ['RESAMPLES', 'METRICS', 'Interval', 'bootstrap_interval', 'PairedTest', 'paired_test', 'holm', 'Metric', 'result_rows',
            'paired_rows']
 
-# %% ../nbs/57_statistics.ipynb #f3cc10a5
+# %% ../nbs/57_statistics.ipynb #98eb53c6
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .grain import GRAIN_PROTOCOL
 from .metrics import PROTOCOL
 from .structure import STRUCTURE_PROTOCOL
 
-# %% ../nbs/57_statistics.ipynb #89efb1b7
+# %% ../nbs/57_statistics.ipynb #5ad3b3c3
 RESAMPLES = 2000
 
 
@@ -53,7 +53,7 @@ def bootstrap_interval(
     low, high = np.quantile(_resampled_means(x, resamples, seed), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), len(x))
 
-# %% ../nbs/57_statistics.ipynb #b5e1e40d
+# %% ../nbs/57_statistics.ipynb #60688155
 @dataclass(frozen=True)
 class PairedTest:
     "Method a minus method b on the same images."
@@ -83,7 +83,8 @@ def paired_test(
     means = _resampled_means(delta, resamples, seed)
     # one more in both counts: a p of 0 would claim more than so many resamples can
     tail = min((means <= 0).sum(), (means >= 0).sum())
-    p_bootstrap = min(1.0, 2 * (tail + 1) / (resamples + 1))
+    # and no less than n equal signs can have, since resampling few images says little about others
+    p_bootstrap = min(1.0, max(2 * (tail + 1) / (resamples + 1), 2.0 ** (1 - len(delta))))
     p_wilcoxon = float(stats.wilcoxon(delta).pvalue) if delta.any() else 1.0
     return PairedTest(interval, int((delta > 0).sum()), float(p_bootstrap), p_wilcoxon)
 
@@ -100,7 +101,7 @@ def holm(
         corrected[index] = largest
     return corrected.tolist()
 
-# %% ../nbs/57_statistics.ipynb #69f4e5ed
+# %% ../nbs/57_statistics.ipynb #d4c775ca
 @dataclass(frozen=True)
 class Metric:
     "What a column of an evaluation is."
