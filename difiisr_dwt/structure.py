@@ -7,7 +7,7 @@ __all__ = ['EDGE_SHARE', 'RINGS', 'FLOOR_RINGS', 'STRUCTURE_PROTOCOL', 'gmsd', '
            'signal_spectrum_distance', 'infrared_score', 'one_window_similarity', 'radiometric_consistency',
            'measure_structure']
 
-# %% ../nbs/37_structure.ipynb #62a1fcb9
+# %% ../nbs/37_structure.ipynb #44503788
 import math
 
 import torch
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .degradations import downsample
-from .metrics import check_images, psnr, ssim, to_8bit
+from .metrics import MetricError, check_images, psnr, ssim, to_8bit
 from .spectrum import ring_power
 
-# %% ../nbs/37_structure.ipynb #b8da76f2
+# %% ../nbs/37_structure.ipynb #df64bb0f
 def gmsd(
     sr: Tensor,  # result [B, C, H, W]
     hr: Tensor,  # truth, same shape
@@ -38,7 +38,7 @@ def gmsd(
     similarity = (2 * a * b + 170) / (a.square() + b.square() + 170)
     return similarity.flatten(1).std(1).view(sr.shape[:2]).mean(1)
 
-# %% ../nbs/37_structure.ipynb #ed4d2728
+# %% ../nbs/37_structure.ipynb #0822e445
 EDGE_SHARE = 0.05  # of the pixels, the steepest ones of the truth
 
 
@@ -67,7 +67,7 @@ def edge_sharpness(
     share = along.sum((1, 2)) / torch.where(edge, steepness, 0.0).sum((1, 2))
     return share.view(sr.shape[:2]).mean(1)
 
-# %% ../nbs/37_structure.ipynb #fc5889cd
+# %% ../nbs/37_structure.ipynb #b8c3dd69
 RINGS, FLOOR_RINGS = 32, 2
 
 
@@ -100,7 +100,7 @@ def signal_spectrum_distance(
     difference = 10 * torch.log10(torch.maximum(found, 0.01 * signal) / signal)
     return (torch.where(ruled, difference, 0.0).square().sum(1) / ruled.sum(1)).sqrt()
 
-# %% ../nbs/37_structure.ipynb #42202802
+# %% ../nbs/37_structure.ipynb #8719e82a
 def infrared_score(
     sr: Tensor,  # result [B, C, H, W] in [0, 1]
     hr: Tensor,  # truth, same shape
@@ -125,7 +125,7 @@ def one_window_similarity(
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     return (2 * mx * my + c1) * (2 * vxy + c2) / ((mx.square() + my.square() + c1) * (x.var(1, correction=0) + y.var(1, correction=0) + c2))
 
-# %% ../nbs/37_structure.ipynb #2bd34753
+# %% ../nbs/37_structure.ipynb #beba8e24
 def radiometric_consistency(
     sr: Tensor,  # result [B, C, scale·h, scale·w] in [0, 1]
     lr: Tensor,  # what the camera saw, [B, C, h, w], in the same units
@@ -140,7 +140,7 @@ def radiometric_consistency(
     off = (downsample(sr, kernel, scale, levels) - lr.to(sr)).abs().flatten(1)
     return off.amax(1), off.mean(1)
 
-# %% ../nbs/37_structure.ipynb #3152bfc6
+# %% ../nbs/37_structure.ipynb #8db3d85a
 STRUCTURE_PROTOCOL: dict[str, str] = {
     "gmsd": "gradient magnitude similarity deviation (arXiv 1308.3052), 2×2 means, Prewitt, c 170 at 255 levels, zero border; lower is better",
     "edge_sharpness": f"gradient by a 1-pixel Gaussian, projected on the truth's, over its steepest {EDGE_SHARE:.0%} of pixels; 1 is the truth's",
@@ -153,10 +153,17 @@ STRUCTURE_PROTOCOL: dict[str, str] = {
 
 @torch.inference_mode()
 def measure_structure(
-    sr: Tensor,  # result [B, 1, H, W] in [0, 1], sides of at least 64
+    sr: Tensor,  # result [B, 1, H, W] in [0, 1]; the spectra need sides of at least 64
     hr: Tensor,  # truth, same shape
 ) -> dict[str, float]:  # the keys of STRUCTURE_PROTOCOL: means over the batch
-    "The measures of this page; both images are rounded to 8 bits first."
+    "The measures of this page; both images are rounded to 8 bits first. NaN from a measure that needs larger images."
+    check_images(sr, hr, 1, "structure")
     sr, hr = to_8bit(sr), to_8bit(hr)
     metrics = (gmsd, edge_sharpness, spectrum_distance, signal_spectrum_distance, infrared_score, one_window_similarity)
-    return {key: metric(sr, hr).mean().item() for key, metric in zip(STRUCTURE_PROTOCOL, metrics, strict=True)}
+    found = {}
+    for key, metric in zip(STRUCTURE_PROTOCOL, metrics, strict=True):
+        try:
+            found[key] = metric(sr, hr).mean().item()
+        except MetricError: # shapes are equal, so it is the size
+            found[key] = math.nan
+    return found
