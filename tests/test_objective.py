@@ -86,6 +86,17 @@ DISTANCES = {"charbonnier": charbonnier, "edges": edge_loss, "gms": gradient_sim
 JUDGED = DISTANCES | {"adversarial": lambda image, _: adversarial_loss(judge()(image))}
 
 
+class Through(nn.Module):
+    """The way from a latent to a loss, as a module, so that the codec's filters can be handed in."""
+
+    def __init__(self, space, distance):
+        super().__init__()
+        self.space, self.distance = space, distance
+
+    def forward(self, x0, hr, up):
+        return decoded_loss(x0, hr, up, self.space, self.distance)
+
+
 # Derivatives
 
 
@@ -97,22 +108,20 @@ def test_gradient_of_a_distance(name):
     space = LatentSpace(make_codec("all_bands_learnable"), target="image").double()
     hr, up = (2 * x.detach() - 1 for x in (truth, image))
     x0 = (space.encode(hr, up) + 0.1 * normal(2, 7, 2, 2)).detach().requires_grad_()
-    filters = [p.detach().clone().requires_grad_() for p in space.parameters()]
-    names = [n for n, _ in space.named_parameters()]
+    path = Through(space, JUDGED[name])
+    names, filters = zip(*path.named_parameters(), strict=True)
 
     def of(x0, *values):
-        space_ = lambda f: functional_call(space, dict(zip(names, values)), (f,))
-        space.forward = lambda f: f(space)
-        return space_(lambda s: decoded_loss(x0, hr, up, s, JUDGED[name]))
+        return functional_call(path, dict(zip(names, values, strict=True)), (x0, hr, up))
 
-    assert gradcheck(of, (x0, *filters), fast_mode=True)
+    assert len(filters) == 2 and gradcheck(of, (x0, *filters), fast_mode=True)
 
 
 def test_gradient_of_the_latent_error():
     prediction, x0 = normal(3, 4, 3, 3).requires_grad_(), normal(3, 4, 3, 3, seed=1)
     bands, weights = torch.tensor([1.0, 0, 2, 5], dtype=double), step_weights(ResShiftSchedule(), "posterior")[[0, 5, 14]]
     for options in ((), (bands,), (None, weights), (bands, weights)):
-        assert gradcheck(lambda z: latent_mse(z, x0, *options), (prediction,))
+        assert gradcheck(lambda z, options=options: latent_mse(z, x0, *options), (prediction,))
 
 
 def test_gradients_of_the_judge():
@@ -246,17 +255,15 @@ def test_posterior_weights_are_those_of_the_kl_divergence(steps, kappa, least, p
     chain = ResShiftSchedule(steps, least, kappa, power)
     etas = chain.sqrt_etas.square()
     x0, guess, y, x_t = normal(4, seed=1).unbind()
+
+    def posterior(x0, before, step):
+        prior, likelihood = 1 / (kappa**2 * before), 1 / (kappa**2 * step)  # precisions
+        mean = (prior * (x0 + before * (y - x0)) + likelihood * (x_t - step * (y - x0))) / (prior + likelihood)
+        return torch.distributions.Normal(mean, (prior + likelihood) ** -0.5)
+
     coefficients = [math.nan]
-    for t in range(1, steps):
-        before, step = etas[t - 1], etas[t] - etas[t - 1]
-
-        def posterior(x0):
-            prior, likelihood = 1 / (kappa**2 * before), 1 / (kappa**2 * step)  # precisions
-            shift = y - x0
-            mean = (prior * (x0 + before * shift) + likelihood * (x_t - step * shift)) / (prior + likelihood)
-            return torch.distributions.Normal(mean, (prior + likelihood) ** -0.5)
-
-        divergence = torch.distributions.kl_divergence(posterior(x0), posterior(guess))
+    for before, step in zip(etas[:-1], etas.diff(), strict=True):
+        divergence = torch.distributions.kl_divergence(posterior(x0, before, step), posterior(guess, before, step))
         coefficients.append((divergence / (x0 - guess) ** 2).item())
     # the first step's posterior is a point: it borrows the second's variance, (κ² η₀ (η₁ − η₀) / η₁)
     coefficients[0] = (0.5 / (kappa**2 * etas[0] * (etas[1] - etas[0]) / etas[1])).item()
@@ -307,14 +314,16 @@ def composed(t, terms, iteration=0, iterations=1, **options):
 def test_parts_are_the_formula():
     """Sum over terms of weight · mean of (step weight · distance), in the iteration's weights; the MSE first."""
     schedule, t = ResShiftSchedule(), [0, 6, 13]
-    given_ = {"edges": {"weight": 0.1, "end": 0.3, "steps": "thirds"}, "charbonnier": {"weight": 0.7, "steps": "snr"}, "spectrum": 0.0}
-    terms = make_terms(given_, schedule)
+    given_ = {"edges": {"weight": 0.1, "end": 0.3, "steps": "thirds"}, "charbonnier": {"weight": 0.7, "steps": "snr"},
+              "spectrum": {"weight": 1.5, "steps": "first_third"}, "adversarial": 0.0}
+    terms = make_terms(given_, schedule, discriminator=judge())
     mse_weights = step_weights(schedule, "posterior_5")
     parts, guess, x0, image, truth = composed(t, terms, 5, 11, mse=0.4, mse_weights=mse_weights)
-    assert list(parts) == ["mse", "edges", "charbonnier"]  # what weighs nothing is not computed
+    assert list(parts) == ["mse", "edges", "charbonnier", "spectrum"]  # what weighs nothing is not computed
     stairs, smooth = torch.tensor([1, 0.1, 0.001], dtype=double), step_weights(schedule, "snr")[t]
     torch.testing.assert_close(parts["edges"], 0.2 * (stairs * edge_loss(image, truth)).mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(parts["charbonnier"], 0.7 * (smooth * charbonnier(image, truth)).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts["spectrum"], 1.5 * spectrum_loss(image, truth)[0] / 3, rtol=1e-6, atol=0)  # the mean is over all
     torch.testing.assert_close(parts["mse"], 0.4 * (mse_weights[t] * (guess - x0).square().mean((1, 2, 3))).mean())
 
 
