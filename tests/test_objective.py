@@ -27,8 +27,8 @@ from difiisr_dwt.losses import (
     decoded_loss,
     discriminator_loss,
     edge_loss,
-    gradient_similarity_loss,
     feature_loss,
+    gradient_similarity_loss,
     kl_weights,
     latent_mse,
     r1_penalty,
@@ -82,7 +82,10 @@ def judge():
 
 
 features = TinyFeatures().requires_grad_(False)
-DISTANCES = {"charbonnier": charbonnier, "edges": edge_loss, "gms": gradient_similarity_loss, "spectrum": spectrum_loss, "features": partial(feature_loss, features=features)}
+DISTANCES = {
+    "charbonnier": charbonnier, "edges": edge_loss, "gms": gradient_similarity_loss, "spectrum": spectrum_loss,
+    "features": partial(feature_loss, features=features),
+}  # fmt: skip
 JUDGED = DISTANCES | {"adversarial": lambda image, _: adversarial_loss(judge()(image))}
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from difiisr_dwt.checkpoints import TrainingError, checkpoint_files, read_checkpoint
@@ -17,7 +18,8 @@ from difiisr_dwt.datasets import DataError, degrade
 from difiisr_dwt.images import ThermalImage, write_image
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.train_config import TrainConfig
-from difiisr_dwt.training import train
+from difiisr_dwt.training import train, training_data
+from difiisr_dwt.training_step import initial_model, start_state
 
 CONFIG = {
     "train": ["scenes:3"], "validation": ["scenes:1@1000000"], "crop": 64, "batch": 2, "iterations": 60, "warmup": 5,
@@ -116,3 +118,18 @@ def test_data_that_cannot_be_used(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         train(configure(TrainConfig, CONFIG | change), tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_activations_lie_channels_innermost(tmp_path):
+    """On a CPU, the compact network's activations are laid out as `memory_format` says; weights and results stay as they are."""
+    seen, states = {}, {}
+    for layout in ("auto", "contiguous"):
+        config = configure(TrainConfig, CONFIG | {"memory_format": layout, "device": "cpu"})
+        state = start_state(initial_model(config, training_data(config)), config)
+        layers = [m for m in state.model.network.modules() if isinstance(m, torch.nn.Conv2d)]
+        layers[1].register_forward_hook(lambda _, inputs, __, layout=layout: seen.setdefault(layout, inputs[0].stride()))
+        x = torch.ones(2, 16, 16, 16)
+        states[layout] = state.model.network(x, torch.zeros(2, dtype=torch.int64), x)
+        assert all(p.is_contiguous() for p in state.model.parameters())
+    assert seen["auto"][1] == 1 and seen["contiguous"][-1] == 1, seen
+    torch.testing.assert_close(states["auto"], states["contiguous"])
