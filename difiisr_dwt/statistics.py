@@ -6,7 +6,7 @@
 __all__ = ['RESAMPLES', 'METRICS', 'Interval', 'bootstrap_interval', 'PairedTest', 'paired_test', 'holm', 'Metric', 'result_rows',
            'paired_rows']
 
-# %% ../nbs/58_statistics.ipynb #98eb53c6
+# %% ../nbs/58_statistics.ipynb #3d066f9d
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .grain import GRAIN_PROTOCOL
 from .metrics import PROTOCOL
 from .structure import STRUCTURE_PROTOCOL
 
-# %% ../nbs/58_statistics.ipynb #5ad3b3c3
+# %% ../nbs/58_statistics.ipynb #806da57b
 RESAMPLES = 2000
 
 
@@ -53,7 +53,7 @@ def bootstrap_interval(
     low, high = np.quantile(_resampled_means(x, resamples, seed), [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), len(x))
 
-# %% ../nbs/58_statistics.ipynb #60688155
+# %% ../nbs/58_statistics.ipynb #b6d4f2d8
 @dataclass(frozen=True)
 class PairedTest:
     "Method a minus method b on the same images."
@@ -101,7 +101,7 @@ def holm(
         corrected[index] = largest
     return corrected.tolist()
 
-# %% ../nbs/58_statistics.ipynb #d4c775ca
+# %% ../nbs/58_statistics.ipynb #4d9c8eed
 @dataclass(frozen=True)
 class Metric:
     "What a column of an evaluation is."
@@ -128,6 +128,9 @@ METRICS: dict[str, Metric] = {
     "consistency_max": Metric("largest LR deviation, levels", _CONSISTENCY + "the largest, in 1/255 of the frame's range", 1),
     "consistency_mean": Metric("mean LR deviation, levels", _CONSISTENCY + "the mean, in 1/255 of the frame's range", 3),
     "kelvin_max": Metric("largest LR deviation, K", _CONSISTENCY + "the largest, in kelvin", 3),
+    "niqe": Metric("NIQE (own frames)", "no truth; distance to the sharp frames that the parameter pristine names (Mittal et al. 2013); "
+                   "not comparable with published values", 2),
+    "clip_iqa": Metric("CLIP-IQA", "no truth; CLIP-IQA (arXiv 2207.12396) by piq, gray copied to three channels", 3),
     "kelvin_mean": Metric("mean LR deviation, K", _CONSISTENCY + "the mean, in kelvin", 4),
 }
 

@@ -127,7 +127,7 @@ def test_activations_lie_channels_innermost(tmp_path):
         config = configure(TrainConfig, CONFIG | {"memory_format": layout, "device": "cpu"})
         state = start_state(initial_model(config, training_data(config)), config)
         layers = [m for m in state.model.network.modules() if isinstance(m, torch.nn.Conv2d)]
-        layers[1].register_forward_hook(lambda _, inputs, __, layout=layout: seen.setdefault(layout, inputs[0].stride()))
+        layers[1].register_forward_hook(lambda _, inputs, __, layout=layout: seen.update({layout: inputs[0].stride()}))
         x = torch.ones(2, 16, 16, 16)
         states[layout] = state.model.network(x, torch.zeros(2, dtype=torch.int64), x)
         assert all(p.is_contiguous() for p in state.model.parameters())
