@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,8 +145,8 @@ def launch_command(
     worker = ["-m", "difiisr_dwt.training", str(run_dir.resolve())]
     if config.nodes == 1:
         return [*run, "--standalone", *worker]
-    job, host = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURMD_NODENAME")
-    if not (job and host):
+    job, host = os.environ.get("SLURM_JOB_ID"), socket.gethostname()  # of the job's first machine; Slurm's name for it need not resolve
+    if not job:
         raise TrainingError(f"'nodes' {config.nodes}: several machines are started by Slurm; use --executor slurm, or set 'nodes' to 1")
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{20_000 + int(job) % 20_000}", f"--rdzv-id={job}"]
     return ["srun", f"--nodes={config.nodes}", "--ntasks-per-node=1", *run, f"--nnodes={config.nodes}", *meeting, *worker]
@@ -176,7 +177,8 @@ def launch(
                     sys.stderr.write(tail.decode(errors="replace"))
                     sys.stderr.flush()
                 if stop.signal and not told:
-                    process.send_signal(signal.SIGTERM)  # torchrun passes this one on, and waits
+                    # torchrun passes this one on, and waits; srun would end at once, but passes the other one on
+                    process.send_signal(signal.SIGTERM if config.nodes == 1 else signal.SIGUSR2)
                     told = True
                 if callback:
                     callback(None)
@@ -207,6 +209,7 @@ def complain(run_dir: Path, error: Exception) -> None:
 # %% ../nbs/45_distributed.ipynb #e6f5ce08
 if __name__ == "__main__" and "__file__" in globals():  # torchrun, but one that does not outlive who started it
     die_with_parent()
+    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # from srun, see `launch`
     from torch.distributed.run import main
 
     main(sys.argv[1:])

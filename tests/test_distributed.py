@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 
 import psutil
 import pytest
@@ -122,7 +123,7 @@ def test_several_machines_are_started_by_slurm(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="started by Slurm"):
         launch_command(config, tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setenv("SLURMD_NODENAME", "a1")
+    monkeypatch.setattr(socket, "gethostname", lambda: "a1")
     command = launch_command(config, tmp_path)
     assert command[:3] == ["srun", "--nodes=2", "--ntasks-per-node=1"] and "--nnodes=2" in command
     assert "--rdzv-endpoint=a1:20077" in command and command[-2:] == ["difiisr_dwt.training", str(tmp_path)]
