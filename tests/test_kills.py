@@ -228,8 +228,8 @@ def kill(attempt: Forked | Command, run_dir: Path, whom: str, in_write: bool, mo
             time.sleep(moment.uniform(0, 0.1))
         else:
             time.sleep(moment.uniform(0, 1.0))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(kernel if whom == "kernel" else parent, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # before the watch ends: the system takes longer for that than for a write
+            os.kill(kernel if whom == "kernel" else parent, signal.SIGKILL)
     code = attempt.wait()
     until = time.monotonic() + 10
     while alive(kernel) and time.monotonic() < until:
