@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from difiisr_dwt.checkpoints import TrainingError, checkpoint_files, part, read_checkpoint, read_log
 from difiisr_dwt.configuration import configure
-from difiisr_dwt.datasets import degrade
 from difiisr_dwt.images import ThermalImage, write_image
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.train_config import TrainConfig
