@@ -1,14 +1,18 @@
-"""Write README.md from nbs/index.ipynb: markdown as it is, code in fences, plain-text results below.
+"""Write README.md from nbs/index.ipynb, and the model cards from docs/cards, numbers filled in from reports/published.
 
-nbdev's own command for this needs Quarto, which pip does not bring.
+Markdown as it is, code in fences, plain-text results below. nbdev's own command for this needs Quarto, which pip does not bring.
 """
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import quoted  # noqa: E402
+
 _LINK = re.compile(r'(\]\(|src=")([^)"\s]+)')
 
 
@@ -43,12 +47,19 @@ def render(notebook: Path = ROOT / "nbs/index.ipynb") -> str:
     blocks = ["<!-- Written by `make readme` from nbs/index.ipynb: edit that one. -->"]
     for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type == "markdown":
-            blocks.append(_LINK.sub(_from_root, cell.source.strip()))
+            blocks.append(quoted.fill(_LINK.sub(_from_root, cell.source.strip())))
         elif cell.cell_type == "code":
             blocks += _code(cell)
     return "\n\n".join(blocks) + "\n"
 
 
+def render_all() -> dict[Path, str]:
+    """Every file that this script writes, and its text."""
+    cards = {ROOT / "difiisr_dwt/weights" / card.name: quoted.fill(card.read_text(encoding="utf-8")) for card in sorted((ROOT / "docs/cards").glob("*.md"))}
+    return {ROOT / "README.md": render(), **cards}
+
+
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(render(), encoding="utf-8")
-    print("README.md")
+    for path, text in render_all().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))

@@ -81,13 +81,12 @@ def small() -> list[str]:
 
 
 def readme() -> list[str]:
-    """README.md is what nbs/index.ipynb renders to."""
+    """README.md is what nbs/index.ipynb renders to, and the model cards what docs/cards does, with the published numbers."""
     spec = importlib.util.spec_from_file_location("readme", ROOT / "docs/readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    path = ROOT / "README.md"
-    same = path.exists() and path.read_text(encoding="utf-8") == module.render()
-    return [] if same else ["README.md is not what nbs/index.ipynb renders to: run make readme"]
+    return [f"{path.relative_to(ROOT)} is not what its source and the published numbers render to: run make readme"
+            for path, text in module.render_all().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
 
 
 def tracked() -> list[str]:
