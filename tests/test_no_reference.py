@@ -50,6 +50,8 @@ def test_features_are_finite_and_per_patch(model):
     features, contrast = niqe_features(scene(5)[..., :200, :300])
     assert features.shape == (2 * 3, 36) and contrast.shape == (6,) and np.isfinite(features).all()
     assert np.isfinite(niqe(torch.full((1, 1, 96, 96), 0.5), model)), "a flat image, one patch"
+    blurred = to_8bit(upsample(downsample(scene(5))))
+    assert (niqe_features(blurred)[0][:, 3] > 0).all(), "neighbours in a blurred image are alike, so their product has a positive mean"
     assert model.covariance.shape == (36, 36) and model.patches >= 37
 
 
