@@ -53,6 +53,15 @@ def test_features_are_finite_and_per_patch(model):
     assert model.covariance.shape == (36, 36) and model.patches >= 37
 
 
+def test_the_fitted_mean_is_that_of_the_products():
+    "The mean of the fitted bell follows the plain mean of the products of neighbours, sign included."
+    image = to_8bit(upsample(downsample(scene(5))))
+    patches = no_reference._patches(no_reference._normalized(255 * image.double())[0], 96)
+    for k, shift in enumerate(((0, 1), (1, 0), (1, 1), (1, -1))):
+        plain = (patches * np.roll(patches, shift, (1, 2))).mean((1, 2))
+        assert np.corrcoef(plain, niqe_features(image)[0][:, 3 + 4 * k])[0, 1] > 0.95
+
+
 def test_faults_are_sentences(monkeypatch, model):
     with pytest.raises(MetricError, match="at least 96×96 pixels"):
         niqe(torch.zeros(1, 1, 95, 200), model)
