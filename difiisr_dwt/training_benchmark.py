@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,17 +94,21 @@ class PartClock:
 # %% ../nbs/69_training_benchmark.ipynb #c8ef9bd3
 def _timed_places(clock: PartClock) -> list[tuple[Any, str, Callable]]:
     "Whose attribute, its name, and what stands there while a training is watched."
-    guarded = training._guarded
+    loop = training._loop
 
-    def loading(*args: Any) -> Iterator[Any]:
-        loader = guarded(*args)
+    def loading(loader: Iterable[Any]) -> Iterator[Any]:
+        samples = None
         while True:
             with clock.running("loading"):
+                samples = samples or iter(loader)
                 try:
-                    batch = next(loader)
+                    batch = next(samples)
                 except StopIteration:
                     return
             yield batch
+
+    def timed_loop(state: Any, config: TrainConfig, run_dir: Path, loader: Iterable[Any], *rest: Any) -> None:
+        loop(state, config, run_dir, loading(loader), *rest)
 
     parts = {
         "upsampling": [(training_step, "upsample_crop")], "noise": [(training_step, "draw_chain")],
@@ -117,7 +121,7 @@ def _timed_places(clock: PartClock) -> list[tuple[Any, str, Callable]]:
         "validation": [(training, "_validate_and_keep_best")], "checkpoint": [(training, "save_state")],
     }  # fmt: skip
     timed = [(owner, name, clock.timed(getattr(owner, name), part)) for part, places in parts.items() for owner, name in places]
-    return [(training, "_guarded", loading), *timed]
+    return [(training, "_loop", timed_loop), *timed]
 
 
 def watch_training(
