@@ -121,8 +121,8 @@ def published_index(runs: list[quoted.Published], report: list[str]) -> str:
     """A table of every published run."""
     lines = ["# Published runs", "Every number of these pages was measured by one of these runs: an executed notebook, its parameters, and the command "
              "that makes it again. A test compares each with today's notebook; where they differ, the last column says so.",
-             "As pages with sortable tables: " + ", ".join(f'<a href="../report/{name}">{label}</a>' for name, label in
-                                                           ((n, n.removesuffix("index.html").strip("/") or "shipped weights, costs, codecs") for n in report)) + ".",
+             "As pages with sortable tables: " + ", ".join(
+                 f'<a href="../report/{n}">{n.removesuffix("index.html").strip("/") or "shipped weights and costs"}</a>' for n in report) + ".",
              "| run | stage | data | made | as today's notebook |\n|---|---|---|---|---|"]
     for run in runs:
         name = run.record.get("name") or run.path
@@ -148,9 +148,12 @@ def cite_page() -> str:
     """How to cite, from CITATION.cff."""
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     authors = " and ".join("{" + a["name"] + "}" for a in cff["authors"])
-    entry = f"@software{{difiisr_dwt,\n  author  = {{{authors}}},\n  title   = {{{cff['title']}}},\n  version = {{{cff['version']}}},\n  license = {{{cff['license']}}}\n}}"
-    works = [f"- {r['authors'][0]['name']} ({r['year']}), *{r['title']}*, {r['conference']['name']}, {r['identifiers'][0]['value']}" for r in cff["references"]]
-    return f"# How to cite\n\n{cff['message']}\n\n```bibtex\n{entry}\n```\n\nIt builds on\n\n" + "\n".join(works) + "\n\nand on the works of the [bibliography](bibliography.md)."
+    fields = ",\n".join(f"  {key:7} = {{{value}}}" for key, value in ({"author": authors} | {k: cff[k] for k in ("title", "version", "license")}).items())
+    entry = f"@software{{difiisr_dwt,\n{fields}\n}}"
+    works = [f"- {r['authors'][0]['name']} ({r['year']}), *{r['title']}*, {r['conference']['name']}, {r['identifiers'][0]['value']}"
+             for r in cff["references"]]
+    return f"# How to cite\n\n{cff['message']}\n\n```bibtex\n{entry}\n```\n\nIt builds on\n\n" + "\n".join(works) \
+        + "\n\nand on the works of the [bibliography](bibliography.md)."
 
 
 def write_report(extra: Writer, runs: list[quoted.Published]) -> list[str]:
@@ -167,7 +170,8 @@ def write_report(extra: Writer, runs: list[quoted.Published]) -> list[str]:
                     extra.bytes((folder / run.stage / run.folder.name / file.relative_to(run.folder)).as_posix(), file.read_bytes())
         page = make_report(extra.folder / folder)
         text = page.read_text(encoding="utf-8")  # trainings of which only the numbers were published are not on it
-        page.write_text(re.sub(r'<a href="#([\w-]+)">([^<]*)</a>', lambda m: m[0] if f'id="{m[1]}"' in text else m[2], text), encoding="utf-8")
+        ids = set(re.findall(r' id="([^"]+)"', text))
+        page.write_text(re.sub(r'<a href="#([\w-]+)">([^<]*)</a>', lambda m, ids=ids: m[0] if m[1] in ids else m[2], text), encoding="utf-8")
         extra.written.add(page)
         names.append((Path(group) / "index.html").as_posix())
     return names
@@ -179,7 +183,8 @@ def write(made: Path, source: Path, extra_folder: Path) -> None:
     notebooks = {p.relative_to(made): p for p in sorted(made.rglob("*.ipynb")) if (ROOT / "nbs" / p.relative_to(made)).is_file()}
     known = {ROOT / "nbs" / name: name for name in notebooks}
     known |= {ROOT / name: Path(name) for name in OF_THE_ROOT}
-    known |= {ROOT / "difiisr_dwt/weights": Path("cards/compact.md"), ROOT / "CITATION.cff": Path("cite.md"), ROOT / "reports/published": Path("published/index.md")}
+    known |= {ROOT / "difiisr_dwt/weights": Path("cards/compact.md"), ROOT / "CITATION.cff": Path("cite.md")}
+    known |= {ROOT / "reports/published": Path("published/index.md")}
     known |= {ROOT / "difiisr_dwt/weights" / p.name: Path("cards") / p.name for p in (DOCS / "cards").glob("*.md")}
 
     def linked(text: str, page: Path, origin: Path) -> str:
@@ -226,7 +231,8 @@ def write(made: Path, source: Path, extra_folder: Path) -> None:
     writer.text("api.md", api_page(symbols, modules))
     writer.text("cite.md", cite_page())
     writer.bytes("references.bib", (DOCS / "references.bib").read_bytes())
-    writer.text("bibliography.md", "# Bibliography\n\nWhat the notebooks name, with the arXiv numbers that they give.\n\n```{bibliography}\n:all:\n:style: unsrt\n```\n")
+    writer.text("bibliography.md", "# Bibliography\n\nWhat the notebooks name, with the arXiv numbers that they give.\n\n"
+                                   "```{bibliography}\n:all:\n:style: unsrt\n```\n")
     writer.prune()
     for path in extra_folder.rglob("*"):
         if path.is_file() and path not in extra.written:
