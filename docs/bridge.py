@@ -66,7 +66,7 @@ def _shown(cell: NotebookNode, module: str) -> Symbol | None:
     heading = re.match(r"#+\s+(\S+)[^\n]*\n", text)
     if not heading:
         return None
-    body = re.sub(r"(```python\n)\s*|\s*(\n```)", r"\1\2", text[heading.end():])
+    body = re.sub(r"```python\s*\n(.*?)\s*\n```", r"```python\n\1\n```", text[heading.end():], flags=re.S)
     summary = re.search(r"^\*(.+?)(?:\*$|\n\n|\Z)", body, re.M | re.S)
     name = heading[1].strip("`")
     symbol = Symbol(module, name, " ".join((summary[1] if summary else "").split()))

@@ -31,6 +31,7 @@ html_theme = "furo"
 html_title = _cfg["title"]
 html_show_sphinx = False
 html_copy_source = False
+html_show_search_summary = False  # it fetches the pages found, which a browser refuses without a server
 html_static_path = ["static", str(_mathjax)]
 html_extra_path = [str(Path(__file__).parent / "_build/extra")]
 html_css_files = ["site.css"]
