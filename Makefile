@@ -7,7 +7,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DOCS_STAMP := $(VENV)/.installed-docs
 # Kept from one command to the next, and out of the way of conda's or a user's own packages.
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
@@ -48,11 +47,7 @@ readme: install ## README.md from nbs/index.ipynb
 lab: install ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.
 
-$(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@touch $@
-
-docs: $(DOCS_STAMP) ## the site, from the notebooks: docs/_build/html/index.html
+docs: install ## the site, from the notebooks: docs/_build/html/index.html
 	$(BIN)/python docs/build.py
 
 lock: install ## constraints.txt from settings.ini, for every supported Python; newest: make lock UPGRADE=--upgrade

@@ -33,7 +33,7 @@ def for_nbdev(notebook: NotebookNode) -> NotebookNode:
                 cell.source = re.sub(r"^#\|\s*export\s*$", "#| exports", cell.source, flags=re.M)
             else:
                 cell.source = "#| eval: false\n" + cell.source
-    notebook.cells.append(nbformat.v4.new_markdown_cell(id="end"))  # nbdev fails on a notebook that ends in exported code
+    notebook.cells.append(nbformat.v4.new_markdown_cell("<!-- end -->", id="end"))  # nbdev fails on a notebook that ends in exported code
     return notebook
 
 
@@ -52,7 +52,8 @@ class Symbol:
 
 
 def target(module: str, name: str) -> str:
-    """Label of a symbol's description."""
+    """Label of a symbol's description; a class and a function may differ in case alone, labels may not."""
+    module = f"{module}-class" if name[:1].isupper() else module
     return "api-" + re.sub(r"\W+", "-", f"{module}-{name}").lower()
 
 
@@ -65,7 +66,7 @@ def _shown(cell: NotebookNode, module: str) -> Symbol | None:
     heading = re.match(r"#+\s+(\S+)[^\n]*\n", text)
     if not heading:
         return None
-    body = re.sub(r"(```python\n)\s*|\s*(\n```)", r"\1\2", text[heading.end():])
+    body = re.sub(r"```python\s*\n(.*?)\s*\n```", r"```python\n\1\n```", text[heading.end():], flags=re.S)
     summary = re.search(r"^\*(.+?)(?:\*$|\n\n|\Z)", body, re.M | re.S)
     name = heading[1].strip("`")
     symbol = Symbol(module, name, " ".join((summary[1] if summary else "").split()))
