@@ -124,12 +124,15 @@ def published_index(runs: list[quoted.Published], report: list[str]) -> str:
              "As pages with sortable tables: " + ", ".join(
                  f'<a href="../report/{n}">{n.removesuffix("index.html").strip("/") or "shipped weights and costs"}</a>' for n in report) + ".",
              "| run | stage | data | made | as today's notebook |\n|---|---|---|---|---|"]
+    reasons = list(dict.fromkeys(filter(None, map(quoted.why_stale, runs))))
     for run in runs:
         name = run.record.get("name") or run.path
         link = f"[{name}]({os.path.basename(quoted.page_name(run))}.ipynb)" if run.notebook else f"{run.folder.name}, numbers only"
         data = run.params.get("data") or run.params.get("train") or ""
         data = ", ".join(data) if isinstance(data, list) else str(data)
-        lines[-1] += f"\n| {link} | {run.stage} | {data} | {run.record.get('started', '')[:10]} | {quoted.why_stale(run) or 'yes'} |"
+        older = f"older [{reasons.index(why) + 1}]" if (why := quoted.why_stale(run)) else "yes"
+        lines[-1] += f"\n| {link} | {run.stage} | {data} | {run.record.get('started', '')[:10]} | {older} |"
+    lines.append("\n".join(f"{i}. {reason[0].upper()}{reason[1:]}." for i, reason in enumerate(reasons, 1)))
     return "\n\n".join(lines) + "\n\n" + toctree("", [os.path.basename(quoted.page_name(r)) for r in runs if r.notebook]).replace(":caption: \n", "")
 
 
