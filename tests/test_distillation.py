@@ -155,6 +155,7 @@ def test_experiment_files(name, teacher, tmp_path):
         params["terms"] = {**params["terms"], "adversarial": {**params["terms"]["adversarial"], "start": 1}}
     params |= {"train": ["scenes:2"], "validation": ["scenes:1@1000000"], "validation_images": 1, "crop": 64, "batch": 2,
                "iterations": 2, "warmup": 1, "validate_every": 2, "log_every": 1, "sigma_batches": 2, "device": "cpu"}  # fmt: skip
+    assert params.pop("preflight") is True  # the stage's own
     config = configure(TrainConfig, params)
     train(config, tmp_path)
     last = [row for row in rows(tmp_path) if "loss" in row][-1]
