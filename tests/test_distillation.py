@@ -159,7 +159,7 @@ def test_experiment_files(name, teacher, tmp_path):
     config = configure(TrainConfig, params)
     train(config, tmp_path)
     last = [row for row in rows(tmp_path) if "loss" in row][-1]
-    asked = {"distill": ("inverse", "consistency"), "sharpen": ("lpips-vgg", "edges", "adversarial"), "four_steps": ("lpips-vgg",)}[name]
+    asked = {"distill": ("inverse", "consistency"), "sharpen": ("lpips-vgg", "gms", "adversarial"), "four_steps": ("lpips-vgg",)}[name]
     assert {key.removeprefix("loss/") for key in last if key.startswith("loss/")} == {"mse", *asked}
     model = load_model(tmp_path / "model.safetensors")[0]
     if name == "four_steps":
