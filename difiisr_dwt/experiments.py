@@ -31,8 +31,8 @@ from .processes import exit_code, listening, locked, stopping
 from .runs import ExperimentError, Run, load_experiment, read_yaml
 
 # %% auto #0
-__all__ = ['RunResult', 'read_record', 'run_experiment', 'run_all', 'newer_needs', 'make_run', 'parse_overrides', 'run_command',
-           'concluded']
+__all__ = ['RunResult', 'read_record', 'code_hash', 'run_experiment', 'run_all', 'newer_needs', 'make_run', 'parse_overrides',
+           'run_command', 'concluded']
 
 # %% ../nbs/61_experiments.ipynb #89282e08
 class _Terminal:
@@ -189,7 +189,7 @@ def _run(run: Run, root: Path, source: str, terminal: _Terminal, patience: float
     with atomic_path(run_dir / "params.yaml") as temporary:
         Path(temporary).write_text(yaml.safe_dump(run.params, sort_keys=False, allow_unicode=True), encoding="utf-8")
     record = {"stage": run.stage, "name": run.name, "run_id": run.run_id, "experiment": source, "started": _now(),
-              "code": _code_hash(run.notebook), "status": "running", **_record_of_job()}
+              "code": code_hash(run.notebook), "status": "running", **_record_of_job()}
     write_json(run_dir / "run.json", record)
     began, message, interrupted = time.monotonic(), None, None
     cwd = run.notebook.parents[2] if run.notebook.parent.name == "stages" else run.notebook.parents[1]
@@ -243,7 +243,10 @@ def _metrics_problem(path: Path) -> str | None:
         return "its metrics.json is not JSON"
 
 
-def _code_hash(notebook: Path) -> str:
+def code_hash(
+    notebook: Path,
+) -> str:  # as `run.json` keeps it
+    "Hash of a notebook's code cells."
     cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
     return hashlib.sha256("\0".join(cells).encode()).hexdigest()[:12]
 
@@ -312,7 +315,7 @@ def _run_or_skip(run: Run, root: Path, source: str, holder: int | None, title: s
         return RunResult(run, "busy", run_dir, message=f"process {holder} is running it")
     record, newer = read_record(run_dir), newer_needs(run, root)
     if run.finished(root) and not newer:
-        same = record.get("code", "") in ("", _code_hash(run.notebook))
+        same = record.get("code", "") in ("", code_hash(run.notebook))
         older = "" if same else f" by another version of {run.notebook.name}"
         terminal.say(f"{title}: skipped, finished earlier{older} (delete {_shown(run_dir)} to run it again)")
         return RunResult(run, "skipped", run_dir)

@@ -33,7 +33,7 @@ from .metrics import lpips_network
 from .models import RestorationModel, choose_device
 from .objective import term_configs
 from .pairs import find_frames, read_pairs
-from .train_config import TrainConfig, changed_key, check_config
+from .train_config import TrainConfig, check_config, check_unchanged
 from .training import state_tensors, training_data
 from .training_step import TrainState, draw_chain, initial_model, start_state, training_step
 
@@ -278,8 +278,7 @@ def check_before(
         found = at["found"] = read_checkpoint(run_dir)
         if found is None:
             return "a new run"
-        if key := changed_key(found[1]["config"], config):
-            raise PreflightError(f"{run_dir}: the run was started with another {key!r} ({found[1]['config'].get(key)!r}); use a new folder")
+        check_unchanged(run_dir, found[1]["config"], config)
         return f"goes on at iteration {found[1]['iteration']}"
 
     def data() -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/06_processes.ipynb #1f715d2e
 try:
@@ -34,27 +35,32 @@ class Stop:
 
 
 @contextlib.contextmanager
+def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    "Give the signals that ask for an end a handler; outside the main thread, where Python allows none, nothing."
+    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in known} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+@contextlib.contextmanager
 def listening(
     react: Callable[[], None] | None = None,  # called at each signal
 ) -> Iterator[Stop]:
     "Note signals that ask for an end instead of dying of them; outside the main thread, where Python allows no handlers, nothing."
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def note(number: int, _: object) -> None:
         stop.signal = signal.Signals(number).name
         if react:
             react()
 
-    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in known}
-    try:
+    with _handling(note):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -64,11 +70,7 @@ def stopping() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise SystemExit(exit_code(signal.Signals(number).name))
 
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever started it handles signals
-            for name in SIGNALS:
-                if number := getattr(signal, name, None):
-                    stack.callback(signal.signal, number, signal.signal(number, stop))
+    with _handling(stop):
         yield
 
 

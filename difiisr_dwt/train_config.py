@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'MAY_CHANGE', 'learning_rate_factor', 'DiscriminatorConfig', 'DistillationConfig', 'TrainConfig',
-           'check_config', 'changed_key']
+           'check_config', 'changed_key', 'check_unchanged']
 
 # %% ../nbs/44_train_config.ipynb #68831ea0
 import json
@@ -159,3 +159,13 @@ def changed_key(
     "The first key, of those that decide what is learnt, in which a configuration differs from an earlier one."
     now = json.loads(json.dumps(resolved(config)))
     return next((key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]), None)
+
+
+def check_unchanged(
+    where: object,  # the file or folder that the earlier run left, for the message
+    before: dict,  # its `resolved` configuration
+    config: TrainConfig,
+) -> None:
+    "Raise `TrainingError` where a run may not go on with a configuration."
+    if key := changed_key(before, config):
+        raise TrainingError(f"{where}: the run was started with another {key!r} ({before.get(key)!r}); use a new folder")

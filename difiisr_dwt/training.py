@@ -37,7 +37,7 @@ from .images import write_json
 from .models import RestorationModel, load_model, save_model
 from .objective import drowned
 from .processes import Stop, die_with_parent, listening
-from .train_config import TrainConfig, changed_key, check_config
+from .train_config import TrainConfig, check_config, check_unchanged
 from .training_step import TrainState, initial_model, start_state, training_step
 from .validation import validate
 
@@ -79,8 +79,7 @@ def save_state(run_dir: Path, state: TrainState, config: TrainConfig, data: str 
 
 def load_state(path: Path, header: dict, tensors: dict[str, Tensor], state: TrainState, config: TrainConfig, data: str = "") -> None:
     "Continue from what `read_checkpoint` found; raises `TrainingError` where it belongs to another configuration or other data."
-    if key := changed_key(header["config"], config):
-        raise TrainingError(f"{path}: the run was started with another {key!r} ({header['config'].get(key)!r}); use a new folder")
+    check_unchanged(path, header["config"], config)
     if data and header.get("data", data) != data:
         raise TrainingError(f"{path}: the images in {', '.join(config.train)} are not those of its start; put them back, or use a new folder")
     now = state.model.state_dict()

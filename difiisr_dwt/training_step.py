@@ -141,12 +141,12 @@ def initial_model(config: TrainConfig, dataset: PairDataset, resumed: bool = Fal
         own = codec.parameters() if config.model.codec != "vq_f4" else ()
         if any(True for _ in own) and not config.initial:
             fit_resampler(codec, (hr for hr, _ in _pairs(config, dataset, config.codec_iterations)))
-        if not config.initial or model.details is not None:
+        if config.distillation.teacher and not config.initial:
+            model.latent_space.load_state_dict(_teacher_of(model, config).latent_space.state_dict())
+        elif not config.initial or model.details is not None:
             model.measure(_pairs(config, dataset, config.sigma_batches))
         if config.initial:
             _take_over(model, config)
-        elif config.distillation.teacher:
-            model.latent_space.load_state_dict(_teacher_of(model, config).latent_space.state_dict())
     for part_, trained in ((model, False), (model.network, not config.frozen), (model.latent_space.codec, config.train_codec)):
         part_.requires_grad_(trained)
     if model.details is not None:

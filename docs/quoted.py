@@ -4,7 +4,6 @@ Text of README, site and model card names a number as `{{ psnr("m3fd", "1 step")
 """
 import fnmatch
 import functools
-import hashlib
 import json
 import re
 import struct
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +20,7 @@ PUBLISHED = ROOT / "reports/published"
 STALE = ROOT / "docs/stale.yaml"
 sys.path.insert(0, str(ROOT))
 
+from difiisr_dwt.experiments import code_hash  # noqa: E402
 from difiisr_dwt.runs import Run, find_stage, load_experiment, stage_parameters  # noqa: E402
 
 
@@ -87,12 +86,6 @@ class Published:
         if set(self.params) != set(stage_parameters(notebook)):
             found.append("parameters")
         return found
-
-
-def code_hash(notebook: Path) -> str:
-    """Hash of a notebook's code cells, as `run.json` keeps it."""
-    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
-    return hashlib.sha256("\0".join(cells).encode()).hexdigest()[:12]
 
 
 def published() -> list[Published]:
