@@ -116,7 +116,7 @@ class DCTCodec(_BlockCodec):
 
 # %% ../nbs/17_codecs.ipynb #af4ec6c7
 class VQF4Codec(Codec):
-    "The VQ autoencoder of latent diffusion (arXiv 2112.10752): lossy, three channels; gray is copied to three and averaged."
+    "The VQ autoencoder of latent diffusion (arXiv 2112.10752): lossy; gray is copied to as many channels as the network has, three in the original, and averaged."
 
     full_precision = False
 
@@ -130,12 +130,14 @@ class VQF4Codec(Codec):
             raise ValueError("codec 'vq_f4' needs network=, a vq.VQModel with the weights of autoencoder_vq_f4.pth")
         if image_channels not in (1, 3):
             raise ValueError(f"codec 'vq_f4' reads 1 or 3 image channels, not {image_channels}")
+        if image_channels > network.image_channels:
+            raise ValueError(f"the network of codec 'vq_f4' reads {network.image_channels} channel, not {image_channels}")
         super().__init__(image_channels, network.embed_dim, network.factor, scale)
         self.network = network.requires_grad_(False)
         self.lossless = False
 
     def _analyse(self, image: Tensor) -> tuple[Tensor, tuple]:
-        return self.network.encode(image.expand(-1, 3, -1, -1)), ()
+        return self.network.encode(image.expand(-1, self.network.image_channels, -1, -1)), ()
 
     def _synthesise(self, latent: Tensor, aside: tuple) -> Tensor:
         image = self.network.decode(latent)

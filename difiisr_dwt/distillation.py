@@ -19,13 +19,13 @@ def teach(
     up: Tensor,  # up-sampled LR, [B, 1, H, W] nominally in [-1, 1]
     noise: Tensor,  # normal, [B, C, h, w]
     steps: int = 15,  # of its chain
+    lr: Tensor | None = None,  # these as for `RestorationModel.denoiser`
+    kernel: Tensor | None = None,
 ) -> Tensor:  # x0, [B, C, h, w], without gradient
     "Where the teacher's deterministic chain leads from the noise (SinSR, arXiv 2311.14760)."
     with torch.no_grad():
-        condition = teacher.condition(up)
-        return sample_ddim(
-            lambda x, t: teacher.network(x, t, condition), teacher.latent_space.prior(up), teacher.schedule.respace(steps), lambda: noise
-        )
+        denoise = teacher.denoiser(up, lr, kernel)
+        return sample_ddim(denoise, teacher.latent_space.prior(up), teacher.schedule.respace(steps), lambda: noise)
 
 
 def attempt(
@@ -37,22 +37,24 @@ def attempt(
     steps: int = 15,  # of the teacher
     inverse: float = 1.0,  # weight of the inverse map; 0 leaves it and the next one out
     consistency: float = 1.0,  # weight of the ground truth's
+    lr: Tensor | None = None,  # these as for `RestorationModel.denoiser`
+    kernel: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # student's x0, teacher's x0, steps of the chain, further losses
     """One step of the student beside the teacher's whole chain, and the student's inverse map (SinSR, arXiv 2311.14760).
 
     Called at t = 0, where no chain begins, the student is asked for the x_T that leads to an x0, in the units that the
     network reads; what it finds for the ground truth must lead to the ground truth.
     """
-    schedule, space, condition = student.schedule, student.latent_space, student.condition(up)
+    schedule, space, denoise = student.schedule, student.latent_space, student.denoiser(up, lr, kernel)
     y, last = space.prior(up), torch.full((len(up),), len(schedule) - 1, device=up.device)
     first = torch.zeros_like(last)
-    target = teach(teacher, up, noise, steps).float()
+    target = teach(teacher, up, noise, steps, lr, kernel).float()
     seen = schedule.scale_input(schedule.prior_sample(y, noise), last)
-    prediction, extra = student.network(seen, last, condition), {}
+    prediction, extra = denoise(seen, last), {}
     if inverse:
-        extra["inverse"] = inverse * latent_mse(student.network(target, first, condition).float(), seen)
+        extra["inverse"] = inverse * latent_mse(denoise(target, first).float(), seen)
         if consistency:
             x0 = space.encode(hr, up)
-            found = student.network(x0, first, condition).detach()
-            extra["consistency"] = consistency * latent_mse(student.network(found, last, condition).float(), x0)
+            found = denoise(x0, first).detach()
+            extra["consistency"] = consistency * latent_mse(denoise(found, last).float(), x0)
     return prediction, target, last, extra

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import TrainingError, what_is_left
 from .configuration import resolved
+from .edsr import EdsrBlock
 from .images import write_json
 from .models import choose_device
 from .processes import die_with_parent, listening
@@ -73,7 +74,7 @@ def share(
     return values.chunk(accelerator.num_processes)[accelerator.process_index]
 
 
-_BLOCKS = (ResidualBlock, ResBlock, SwinBlock)
+_BLOCKS = (ResidualBlock, ResBlock, SwinBlock, EdsrBlock)
 
 
 def _channels_last(_: nn.Module, inputs: tuple) -> tuple:
@@ -91,9 +92,11 @@ def lighten(
     if config.memory_format == "channels_last" or config.memory_format == "auto" and on_cpu and isinstance(network, CompactUNet):
         network.register_forward_pre_hook(_channels_last)
     if config.activation_checkpointing:
-        for block in network.modules():
-            if isinstance(block, _BLOCKS):  # the method, not the module: names of parameters stay
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        blocks = [block for block in network.modules() if isinstance(block, _BLOCKS)]
+        if not blocks:
+            raise TrainingError(f"'activation_checkpointing' knows no blocks of architecture {config.model.architecture}; set it to false")
+        for block in blocks:  # the method, not the module: names of parameters stay
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile:
         network.compile()  # in place, for the same reason
 

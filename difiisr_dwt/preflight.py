@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PreflightError', 'Finding', 'Preflight', 'describe_changes', 'describe_data', 'describe_validation',
-           'check_round_trip', 'all_terms_counting', 'check_reach', 'duration', 'measure_step', 'check_disk',
-           'check_before']
+           'check_round_trip', 'all_terms_counting', 'SilentLayers', 'check_reach', 'duration', 'measure_step',
+           'check_disk', 'check_before']
 
 # %% ../nbs/56_preflight.ipynb #39396e6e
 import copy
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoints import TrainingError, read_checkpoint
 from .configuration import resolved
-from .datasets import PairDataset, batches, upsample_crop
+from .datasets import PairDataset, batches, upsample_crop, without_margin
 from .degradations import upsample
 from .gradients import check_codec, perturbed
 from .images import atomic_path, normalize
@@ -155,6 +155,21 @@ def all_terms_counting(
     return dataclasses.replace(config, terms=terms, distillation=way, mse=config.mse or 1.0, precision="float32")
 
 
+class SilentLayers(PreflightError):
+    "Layers without a gradient, while every part of the loss has one elsewhere."
+
+
+def _begin_anew(network: nn.Module, seed: int) -> None:
+    "Other random weights, in place."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if callable(getattr(module, "reset_parameters", None)):
+                module.reset_parameters()
+    with torch.no_grad():
+        network.load_state_dict(perturbed(network, seed=seed).state_dict())
+
+
 def check_reach(
     state: TrainState,  # of `start_state`, with perturbed weights
     batch: dict[str, Tensor],
@@ -168,7 +183,8 @@ def check_reach(
         module.register_forward_hook(lambda m, *_, name=name: order.append((m, name)))
         for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) >= 2 and module.weight.requires_grad
     ]
-    parts, _ = state.loss(hr, up, *draw_chain(model, up, torch.Generator(device).manual_seed(config.seed)), 0)
+    drawn = draw_chain(model, up, torch.Generator(device).manual_seed(config.seed))
+    parts, _ = state.loss(hr, up, *drawn, 0, lr=without_margin(batch["lr"]).to(device), kernel=batch["kernel"].to(device))
     for hook in hooks:
         hook.remove()
     layers = {name: module.weight for module, name in order}
@@ -186,7 +202,7 @@ def check_reach(
             raise PreflightError(f"the part {part!r} of the loss does not reach the first layer, {names[0]!r} (gradient {reach[part]}): it is cut on its way")
     silent -= {n for n in silent if n.startswith("latent_space.")}  # a codec learns on its own, see `train_codec`
     if silent:
-        raise PreflightError(f"no gradient reaches {len(silent)} of {len(layers)} layers, the first is {next(n for n in layers if n in silent)!r}")
+        raise SilentLayers(f"no gradient reaches {len(silent)} of {len(layers)} layers, the first is {next(n for n in layers if n in silent)!r}")
     return reach
 
 # %% ../nbs/56_preflight.ipynb #3d4251f3
@@ -219,10 +235,11 @@ def measure_step(
 def _expected(config: TrainConfig, model: RestorationModel, step: float, done: int) -> str:
     "How long the rest will take."
     pair = next(iter(read_pairs(config.validation[0], config.kernel, config.model.scale, limit=1)))
-    up = upsample(normalize(torch.from_numpy(pair.lr.pixels)[None, None], pair.value_range), config.model.scale)
+    seen, device = normalize(torch.from_numpy(pair.lr.pixels)[None, None], pair.value_range), next(model.parameters()).device
+    up = upsample(seen, config.model.scale)
     before = time.monotonic()
     with torch.no_grad():
-        model.eval().restore(up.to(next(model.parameters()).device), 1)
+        model.eval().restore(up.to(device), 1, lr=seen.to(device))
     frames = config.validation_images * len(config.validation) * (1 if isinstance(config.kernel, str) else len(config.kernel))
     judging = (time.monotonic() - before) * (1 + model.max_steps) * frames
     if config.cpu_minutes:
@@ -310,7 +327,14 @@ def check_before(
         return check_round_trip(at["state"].model, hr.to(device), up.to(device))
 
     def gradients() -> str:
-        reach = check_reach(at["state"], at["batch"], at["counting"])
+        for again in range(4):  # a ReLU of few channels may be off for this batch and these weights; a path that is cut stays cut
+            try:
+                reach = check_reach(at["state"], at["batch"], at["counting"])
+                break
+            except SilentLayers:
+                if again == 3:
+                    raise
+                _begin_anew(at["state"].model.network, again)
         return ", ".join(f"{part} {norm:.1e}" for part, norm in reach.items()) + " in the first layer"
 
     def device() -> str:

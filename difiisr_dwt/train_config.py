@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 
+from .baselines import BASELINES
 from .checkpoints import TrainingError
 from .configuration import resolved
 from .models import ModelConfig
@@ -65,6 +66,7 @@ class TrainConfig:
     validation_images: int = 4  # per source, evenly spread
     weights: tuple[float, ...] = ()  # share of each source; empty: every frame alike
     kernel: tuple[str, ...] | str = "bicubic"  # of the low-resolution images made here, one or several of `pairs.DEGRADATIONS`
+    kernel_unknown: float = 0.2  # share of the samples whose kernel is not told, for a model that knows `model.kernels`
     crop: int = 128  # HR pixels
     augment: bool = True  # flips and quarter turns
     brightness: float = 0.0  # largest random shift, in units of [-1, 1]
@@ -76,6 +78,8 @@ class TrainConfig:
     frozen: bool = False  # whether the network of `initial` stays as it is and only the model's details are trained
     train_codec: bool = False  # whether a codec with parameters goes on learning beside the network, on the latent loss
     codec_iterations: int = 300  # on reconstruction alone, for a codec with parameters, before anything else
+    codec_crop: int = 0  # HR pixels of these, at most `crop`; 0 for as many
+    codec_share: float = 0.0  # if not 0, `codec_iterations` is what takes this part of `cpu_minutes`
     sigma_batches: int = 64  # batches on which the deviations per band are measured
     # loss
     mse: float = 1.0  # weight of the latent's squared error
@@ -89,7 +93,7 @@ class TrainConfig:
     t: str = "uniform"  # step of the chain that is trained: any, or the "last" alone, for a model of one step
     # optimization
     iterations: int = 20_000
-    cpu_minutes: float = 0.0  # if not 0, `iterations` is what takes this processor time here
+    cpu_minutes: float = 0.0  # if not 0, `iterations` is what takes this processor time here, less that of fitting a codec
     batch: int = 8  # samples per update, over all processes
     accumulation: int = 1  # parts of a process's share of the batch that pass one after the other
     learning_rate: float = 1e-3
@@ -137,6 +141,8 @@ def check_config(config: TrainConfig) -> None:
     for key in ("batch", "accumulation", "processes", "nodes", "iterations", "validate_every", "checkpoint_every", "checkpoints_kept", "log_every"):
         if getattr(config, key) < 1:
             raise TrainingError(f"{key!r} must be at least 1, not {getattr(config, key)}")
+    if not 0 <= config.kernel_unknown <= 1:
+        raise TrainingError(f"'kernel_unknown' must be a share from 0 to 1, not {config.kernel_unknown}")
     if config.batch % (config.nodes * config.processes * config.accumulation):
         raise TrainingError(
             f"'batch' {config.batch} must be divisible by 'nodes' {config.nodes} times 'processes' {config.processes} "
@@ -144,10 +150,18 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.cpu_minutes and config.nodes * config.processes > 1:
         raise TrainingError("'cpu_minutes' is a budget of one process; give 'iterations' with several")
+    if not 0 <= config.codec_crop <= config.crop or config.codec_crop % config.model.scale:
+        raise TrainingError(f"'codec_crop' must be a multiple of {config.model.scale} and at most 'crop' {config.crop}, not {config.codec_crop}")
+    if config.codec_share and not (config.cpu_minutes and 0 < config.codec_share < 1):
+        raise TrainingError(f"'codec_share' is a part of 'cpu_minutes', above 0 and below 1, not {config.codec_share} of {config.cpu_minutes}")
     if config.frozen and (not config.initial or config.model.details.kind == "copy"):
         raise TrainingError("'frozen' is for the details of a model: name a trained one as 'initial', and 'model.details.kind'")
     if config.frozen and (config.terms or config.distillation.teacher or config.band_weights or config.t != "uniform"):
         raise TrainingError("'frozen' trains the details alone, on their own error: leave out terms, distillation, band_weights and t")
+    if config.model.architecture in BASELINES:
+        steps = [config.mse_steps, *(term.get("steps", "all") for term in config.terms.values() if isinstance(term, dict))]
+        if config.distillation.teacher or config.t != "uniform" or set(steps) != {"all"}:
+            raise TrainingError(f"architecture {config.model.architecture} has no chain: leave out distillation, t, mse_steps and the terms' steps")
     if config.distillation.teacher and config.model.details.kind != "copy":
         raise TrainingError("'distillation' is for models without details; set 'model.details.kind' to copy")
 
@@ -158,7 +172,8 @@ def changed_key(
 ) -> str | None:  # None where a run may go on
     "The first key, of those that decide what is learnt, in which a configuration differs from an earlier one."
     now = json.loads(json.dumps(resolved(config)))
-    return next((key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]), None)
+    follows = ("iterations",) * bool(config.cpu_minutes) + ("codec_iterations",) * bool(config.codec_share)  # from the budget
+    return next((key for key in now if key not in MAY_CHANGE + follows and before.get(key) != now[key]), None)
 
 
 def check_unchanged(

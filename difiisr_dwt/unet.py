@@ -55,8 +55,8 @@ class ResidualBlock(nn.Module):
 class CompactUNet(nn.Module):
     """Convolutional U-Net that predicts x0 from the scaled state, the step and the LR's latent.
 
-    `x` is `[B, latent_channels, h, w]` of any size, `condition` `[B, condition_channels, h, w]`, `t` int64 `[B]`; the
-    result has the shape of `x`.
+    `x` is `[B, latent_channels, h, w]` of any size, `condition` `[B, condition_channels, h, w]`, `t` int64 `[B]`, `kernel`
+    int64 `[B]` below `kernels`; the result has the shape of `x`.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class CompactUNet(nn.Module):
         groups: int = 8,  # of the normalization
         embedding_channels: int = 128,
         condition_channels: int | None = None,  # as many as the latent has where None
+        kernels: int = 0,  # how many ways to make LR the network is told of, the first being "unknown"; 0: it is told nothing
     ):
         super().__init__()
         if any(c % groups for c in channels):
@@ -79,6 +80,8 @@ class CompactUNet(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(channels[0], embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels), nn.SiLU()
         )
+        if kernels:
+            self.kernel = zero_initialized(nn.Embedding(kernels, embedding_channels))
         condition_channels = latent_channels if condition_channels is None else condition_channels
         self.first = nn.Conv2d(latent_channels + condition_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList(stage([c] * blocks, c) for c in channels)
@@ -92,11 +95,13 @@ class CompactUNet(nn.Module):
         self.norm = nn.GroupNorm(groups, channels[0])
         self.last = zero_initialized(nn.Conv2d(channels[0], latent_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, kernel: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
         multiple = 2 ** (len(self.channels) - 1)
         h = F.pad(torch.cat([x, condition], 1), (0, -width % multiple, 0, -height % multiple), mode="replicate")
         embedding = self.time(timestep_embedding(t, self.channels[0]).to(x.dtype))
+        if kernel is not None:
+            embedding = embedding + self.kernel(kernel)
 
         h = self.first(h)
         skips = []

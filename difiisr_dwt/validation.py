@@ -38,7 +38,8 @@ def validate(
     for source, kernel in itertools.product(sources, kernels):
         for number, pair in enumerate(read_pairs(source, kernel, scale, limit)):
             hr, lr = (torch.from_numpy(i.pixels)[None, None].to(device) for i in (pair.hr, pair.lr))
-            up = upsample(normalize(lr, pair.value_range), scale)
+            seen = normalize(lr, pair.value_range)
+            up = upsample(seen, scale)
             generator = torch.Generator("cpu").manual_seed(number)
             shape = model.noise_shape(up)
 
@@ -46,7 +47,8 @@ def validate(
                 return torch.randn(shape, generator=generator).to(device)
 
             results = {"bicubic": up} | {
-                name: model.restore(up, steps, noise_sampler=noise) for name, steps in (("1", 1), ("all", model.max_steps))
+                name: model.restore(up, steps, noise_sampler=noise, lr=seen, kernel=kernel)
+                for name, steps in (("1", 1), ("all", model.max_steps))
             }
             results = {k: to_8bit(denormalize(v, pair.value_range)) for k, v in results.items()}
             rows.append(

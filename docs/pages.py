@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import bridge
+import claims
 import nbformat
 import quoted
 import yaml
@@ -86,7 +87,8 @@ def contents(source: Path) -> str:
     numbered = sorted(p.stem for p in source.glob("[0-9][0-9]_*.ipynb"))
     tutorials = sorted(p.stem for p in (source / "tutorials").glob("*.ipynb") if not p.stem.endswith("_zh"))
     parts = [("Tutorials", [f"tutorials/{name}" for name in tutorials])]
-    parts += [("Results", ["published/index"])]
+    featured = [name for pattern, name in quoted.FEATURED.items() if quoted.find_run(pattern, missing_ok=True)]
+    parts += [("Results", ["claims", *featured, "published/index"])]
     parts += [(f"Book {floor}: {words}", [n for n in numbered if n[0] == str(floor)]) for floor, words in enumerate(FLOORS)]
     parts += [("Stages", sorted(f"stages/{p.stem}" for p in (source / "stages").glob("*.ipynb")))]
     parts += [("Reference", ["api", *sorted(f"cards/{p.stem}" for p in (DOCS / "cards").glob("*.md")), "bibliography", "cite"])]
@@ -97,10 +99,10 @@ def contents(source: Path) -> str:
 def published_page(run: quoted.Published) -> nbformat.NotebookNode:
     """An executed notebook with its command above, its code folded."""
     notebook = nbformat.read(run.notebook, as_version=4)
-    first = notebook.cells[0]
-    first.source = re.sub(r"\A# [^\n]*\n", "", first.source).strip()
+    first = next(cell for cell in notebook.cells if cell.cell_type == "markdown")
+    first.source = re.sub(r"\A# [^\n]*\n?", "", first.source).strip()
     title = run.metrics.get("title", run.stage)
-    if run.record.get("name") not in (None, run.stage):
+    if run.record.get("name") not in (None, run.stage) and run.stage not in TITLED:
         title = f"{run.stage.replace('_', ' ').capitalize()}: {run.record['name']}"
     lines = [f"# {title}", f"Run `{run.path}` of stage `{run.stage}`, {run.record['started'][:10]}, in {run.record['seconds']:.0f} s; made by"]
     lines += [f"```bash\n{run.command}\n```"]
@@ -108,6 +110,8 @@ def published_page(run: quoted.Published) -> nbformat.NotebookNode:
         lines += [f"with this as `again.yaml`:\n\n```yaml\n{run.experiment_text.strip()}\n```"]
     if reason := quoted.why_stale(run):
         lines += [f"```{{admonition}} Older than today's notebook\n:class: note\n{reason[0].upper()}{reason[1:]}.\n```"]
+    if conclusion := run.metrics.get("conclusion"):
+        lines += [f"```{{admonition}} Conclusion\n:class: tip\n{conclusion}\n```"]
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell("\n\n".join(lines)))
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -117,23 +121,33 @@ def published_page(run: quoted.Published) -> nbformat.NotebookNode:
     return notebook
 
 
+TITLED = ("ablation", "study")  # stages whose parameter `title` says what a run asks
+HEAD = "| run | stage | data | made | as today's notebook |\n|---|---|---|---|---|"
+
+
 def published_index(runs: list[quoted.Published], report: list[str]) -> str:
     """A table of every published run."""
     lines = ["# Published runs", "Every number of these pages was measured by one of these runs: an executed notebook, its parameters, and the command "
              "that makes it again. A test compares each with today's notebook; where they differ, the last column says so.",
              "As pages with sortable tables: " + ", ".join(
                  f'<a href="../report/{n}">{n.removesuffix("index.html").strip("/") or "shipped weights and costs"}</a>' for n in report) + ".",
-             "| run | stage | data | made | as today's notebook |\n|---|---|---|---|---|"]
+             HEAD]
     reasons = list(dict.fromkeys(filter(None, map(quoted.why_stale, runs))))
+    bare = ["## Numbers only", "Trainings and evaluations that the pages above are made of, without their notebooks.", HEAD]
     for run in runs:
-        name = run.record.get("name") or run.path
-        link = f"[{name}]({os.path.basename(quoted.page_name(run))}.ipynb)" if run.notebook else f"{run.folder.name}, numbers only"
+        name, title = run.record.get("name") or run.path, run.metrics.get("title")
+        page = os.path.relpath(quoted.page_name(run), "published")
+        if title and (name == run.stage or run.stage in TITLED):
+            name = title
+        link = f"[{name}]({page}.ipynb)" if run.notebook else f"{run.path.split('/')[0]}: {name}"
         data = run.params.get("data") or run.params.get("train") or ""
         data = ", ".join(data) if isinstance(data, list) else str(data)
         older = f"older [{reasons.index(why) + 1}]" if (why := quoted.why_stale(run)) else "yes"
-        lines[-1] += f"\n| {link} | {run.stage} | {data} | {run.record.get('started', '')[:10]} | {older} |"
+        (lines if run.notebook else bare)[-1] += f"\n| {link} | {run.stage} | {data} | {run.record.get('started', '')[:10]} | {older} |"
     lines.append("\n".join(f"{i}. {reason[0].upper()}{reason[1:]}." for i, reason in enumerate(reasons, 1)))
-    return "\n\n".join(lines) + "\n\n" + toctree("", [os.path.basename(quoted.page_name(r)) for r in runs if r.notebook]).replace(":caption: \n", "")
+    lines += bare if "\n| " in bare[-1][len(HEAD):] else []
+    names = [quoted.page_name(r).removeprefix("published/") for r in runs if r.notebook and quoted.page_name(r).startswith("published/")]
+    return "\n\n".join(lines) + "\n\n" + toctree("", names).replace(":caption: \n", "")
 
 
 def api_page(symbols: list[bridge.Symbol], pages: dict[str, str]) -> str:
@@ -208,7 +222,8 @@ def write(made: Path, source: Path, extra_folder: Path) -> None:
                 cell.source = quoted.fill(cell.source)
             words = {"caption": "Drag the border. {frame}: a validation frame of HIT-UAV (Suo et al. 2023, CC BY 4.0) at a quarter of its size, then made "
                                 "large again by bicubic interpolation and by the shipped weights on a CPU."}
-            notebook.cells.insert(1, nbformat.v4.new_markdown_cell("[中文](zh/index.md)\n\n" + front_slider(extra, "", words)))
+            ways = "[Every claim and its number](claims.md) · [Why plain LPIPS misleads](why_lpips_misleads.ipynb) · [中文](zh/index.md)"
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(f"{ways}\n\n{front_slider(extra, '', words)}"))
             notebook.cells.append(nbformat.v4.new_markdown_cell(contents(made)))
         writer.notebook(name.as_posix(), notebook)
 
@@ -221,6 +236,8 @@ def write(made: Path, source: Path, extra_folder: Path) -> None:
                 cell.source = linked(cell.source, Path(f"{quoted.page_name(run)}.ipynb"), ROOT / "nbs/stages")
         writer.notebook(f"{quoted.page_name(run)}.ipynb", notebook)
     writer.text("published/index.md", published_index(runs, write_report(extra, with_notebook)))
+
+    writer.text("claims.md", claims.page(writer.picture))
 
     for name in OF_THE_ROOT:
         writer.text(name, linked((ROOT / name).read_text(encoding="utf-8"), Path(name), ROOT))

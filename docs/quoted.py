@@ -2,12 +2,14 @@
 
 Text of README, site and model card names a number as `{{ psnr("m3fd", "1 step") }}`; it is looked up here, never typed.
 """
+import contextlib
 import fnmatch
 import functools
 import json
 import re
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,14 @@ class Published:
         return f"difiisr run again.yaml --root {self.root}"
 
     @property
+    def command_today(self) -> str:
+        """`command`; where today's stage has other parameters, that of the experiment file that made the run, as it is now."""
+        file = self.record.get("experiment")
+        if not self.experiment and file and (ROOT / "nbs/experiments" / file).is_file():
+            return f"difiisr run nbs/experiments/{file} --root {self.root}"
+        return self.command
+
+    @property
     def experiment_text(self) -> str:
         """again.yaml: an experiment file of this one run, for where the repository has none."""
         return yaml.safe_dump({"stage": self.stage, "params": self.params}, sort_keys=False, allow_unicode=True)
@@ -127,7 +137,8 @@ def problems() -> list[str]:
 @functools.cache
 def _rows(kernel: str, model: str = "compact") -> dict[tuple[str, str], dict[str, Any]]:
     """(set, method): the row of the newest evaluation of a model at a kernel."""
-    runs = [r for r in published() if r.stage == "evaluate" and (r.params["model"], r.params["kernel"]) == (model, kernel)]
+    runs = [r for r in published() if r.stage == "evaluate" and (r.params["model"], r.params["kernel"]) == (model, kernel)
+            and not any(r.params.get(key) for key in ("crop", "limit", "lr"))]  # all images, whole
     return {(row["set"], row["method"]): row for run in sorted(runs, key=lambda r: r.record["started"]) for row in run.metrics["rows"]}
 
 
@@ -172,18 +183,80 @@ def parameters(model: str = "compact") -> int:
     return sum(functools.reduce(lambda a, b: a * b, shape, 1) for shape in shapes)
 
 
+_CURRENT: list[Published] = []  # the run that an empty pattern means
+
+
+@contextlib.contextmanager
+def current(run: Published) -> Iterator[None]:
+    """While this lasts, lookups with the pattern `""` read this run."""
+    _CURRENT.append(run)
+    try:
+        yield
+    finally:
+        _CURRENT.pop()
+
+
+@functools.cache
+def _finished() -> tuple[Published, ...]:
+    return tuple(sorted((r for r in published() if r.metrics), key=lambda r: r.record.get("started", "")))
+
+
+def find_run(pattern: str, missing_ok: bool = False) -> Published | None:
+    """The newest published run that fits a pattern such as `costs/*`, or `evaluate/*@NAME` with its name or title; LookupError if none."""
+    if not pattern and _CURRENT:
+        return _CURRENT[-1]
+    path, _, name = pattern.partition("@")
+    fitting = [r for r in _finished() if fnmatch.fnmatch(r.path, path) and name in ("", r.record.get("name"), r.metrics.get("title"))]
+    if not fitting and not missing_ok:
+        raise LookupError(f"no published run fits {pattern!r}")
+    return fitting[-1] if fitting else None
+
+
+def metric(pattern: str, *path: str | int | dict[str, Any]) -> Any:
+    """A value of a run's metrics.json: keys, indices, and `{"system": "packet"}` for the first entry of a list that has these values."""
+    run = find_run(pattern)
+    at: Any = run.metrics
+    for step in path:
+        try:
+            at = next(e for e in at if all(e.get(k) == v for k, v in step.items())) if isinstance(step, dict) else at[step]
+        except (KeyError, IndexError, TypeError, StopIteration):
+            raise LookupError(f"metrics.json of {run.path} has no {' / '.join(map(str, path))}") from None
+    return at
+
+
+def table(pattern: str, title: str, row: str | list, column: str) -> Any:
+    """A cell of a run's table whose title begins so; `row` is its first cell, or the list of its first cells."""
+    run, first = find_run(pattern), [row] if isinstance(row, str) else list(row)
+    for t in run.metrics.get("tables", []):
+        if t["title"].startswith(title) and column in t["columns"]:
+            for cells in t["rows"]:
+                if cells[: len(first)] == first and cells[t["columns"].index(column)] is not None:
+                    return cells[t["columns"].index(column)]
+    raise LookupError(f"{run.path} has no table {title!r} with a row {' / '.join(map(str, first))} and a column {column!r}")
+
+
+FEATURED = {"grain/*": "why_lpips_misleads"}  # runs whose newest page has a name of its own
+
+
 def page_name(run: Published) -> str:
-    """File of a run's page, without its ending: one folder deep, so that links of stage notebooks hold."""
-    return "published/" + run.path.replace("/", "-")
+    """File of a run's page, without its ending."""
+    name = next((name for pattern, name in FEATURED.items() if find_run(pattern, missing_ok=True) == run), None)
+    return name or "published/" + run.path.replace("/", "-")
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.globals.update(value=value, psnr=psnr, lpips=lpips, results_table=results_table, costs=costs, parameters=parameters)
+    environment.globals.update(metric=metric, table=table, value=value, psnr=psnr, lpips=lpips, results_table=results_table, costs=costs,
+                               parameters=parameters)
     return environment
 
 
 def fill(text: str) -> str:
     """Text with its numbers filled in; jinja2.UndefinedError or KeyError where one was not published."""
     return _environment().from_string(text).render() if "{{" in text else text
+
+
+def evaluate(expression: str) -> Any:
+    """Value of an expression such as `metric("costs/*", "rows", 0, "macs 1") < 1e12`; jinja2.UndefinedError for an unknown name."""
+    return _environment().compile_expression(expression, undefined_to_none=False)()

@@ -71,6 +71,19 @@ def lpips_of_torchmetrics(net: str):
     return lambda sr, hr: network(sr.expand(-1, 3, -1, -1), hr.expand(-1, 3, -1, -1), normalize=True).item()
 
 
+def rings_of_scipy(image: np.ndarray, rings: int = 32) -> np.ndarray:
+    """Log of the mean power in rings of frequency by scipy's FFT, window and binned means, over the whole plane."""
+    from scipy import fft, signal, stats
+
+    height, width = image.shape
+    window = np.outer(signal.get_window("hann", height), signal.get_window("hann", width))
+    x = image / 255 - np.average(image / 255, weights=window)
+    power = np.abs(fft.fft2(x * window)) ** 2 / (window**2).sum()
+    frequency = np.hypot(fft.fftfreq(height)[:, None], fft.fftfreq(width))
+    inside = frequency < 0.5  # scipy would count its last edge to the last bin
+    return np.log(stats.binned_statistic(frequency[inside], power[inside], "mean", bins=rings, range=(0, 0.5))[0] + 1e-12)
+
+
 def measure(nets: tuple[str, ...] = ("alex", "vgg")) -> dict[str, dict[str, dict[str, float]]]:
     """Metric -> pair -> library -> value, by every library that can be imported."""
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -80,6 +93,7 @@ def measure(nets: tuple[str, ...] = ("alex", "vgg")) -> dict[str, dict[str, dict
 
     for name, (sr, hr) in pairs().items():
         a, b = tensor(sr), tensor(hr)
+        note("spectrum", name, "scipy", 10 / np.log(10) * np.sqrt(np.mean((rings_of_scipy(sr) - rings_of_scipy(hr)) ** 2)))
         try:
             from skimage.metrics import peak_signal_noise_ratio, structural_similarity
             note("psnr", name, "scikit-image", peak_signal_noise_ratio(hr, sr, data_range=255))
@@ -110,7 +124,7 @@ def measure(nets: tuple[str, ...] = ("alex", "vgg")) -> dict[str, dict[str, dict
 
 
 if __name__ == "__main__":
-    libraries = ("scikit-image", "piq", "torchmetrics", "torch", "torchvision", "numpy", "pillow")
+    libraries = ("scikit-image", "scipy", "piq", "torchmetrics", "torch", "torchvision", "numpy", "pillow")
     table = {
         "made_by": "python tests/golden_metrics.py",
         "versions": {name: version(name) for name in libraries},
@@ -118,6 +132,7 @@ if __name__ == "__main__":
             "lpips_alex": {"ex_ref.png, ex_p0.png": 0.722, "ex_ref.png, ex_p1.png": 0.138},
             "note": "README of github.com/richzhang/PerceptualSimilarity; its images are in no package, so no test measures them",
         },
+        "not_here": "NIQE: none of these libraries has it; tests/test_no_reference.py compares its parts with scipy",
         "values": measure(),
     }
     FILE.write_text(json.dumps(table, indent=1) + "\n")

@@ -4,7 +4,9 @@
     python tests/run_all.py sync notebooks      some of it
     python tests/run_all.py notebooks 01 30     the notebooks with one of these words in their name
 """
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,9 +19,11 @@ from pathlib import Path
 import sync
 from sync import ROOT
 
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
 PHASES = ("sync", "notebooks", "pytest")
 WORKERS = 2     # processes, of one thread each
-TIMEOUT = 600   # seconds for one notebook
+TIMEOUT = 600   # seconds for one notebook, however busy the machine is
+LIMIT = 120     # seconds of processor time for one notebook, which do not grow where other programs run beside it
 
 
 def say(ok: bool, name: str, detail: str = "") -> str:
@@ -41,17 +45,28 @@ def _run_notebook(notebook: Path) -> str:
     """Run one notebook as nbdev does, in a process and a session of its own."""
     code = ("import sys; from pathlib import Path; from nbdev.config import get_config; from nbdev.test import test_nb\n"
             "flags = get_config().tst_flags.split()\n"
-            "sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=flags, basepath=get_config().config_path)[0])")
-    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+            "ok = test_nb(Path(sys.argv[1]), skip_flags=flags, basepath=get_config().config_path)[0]\n"
+            "import resource; used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+            "print(f'\\nprocessor seconds: {sum(u.ru_utime + u.ru_stime for u in used):.1f}', flush=True)\n"
+            "sys.exit(not ok)")
     start, name = time.monotonic(), f"notebook: {notebook.relative_to(ROOT)}"
     try:
         run = subprocess.run([sys.executable, "-c", code, str(notebook)], cwd=ROOT, text=True, timeout=TIMEOUT,
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=os.environ | one_thread | {"MPLBACKEND": "agg"})
+                             env=os.environ | ONE_THREAD | {"MPLBACKEND": "agg"})
     except subprocess.TimeoutExpired:
         return say(False, name, f"    took more than {TIMEOUT} s")
-    ok = run.returncode == 0
-    return say(ok, f"{name} ({time.monotonic() - start:.0f} s)", "" if ok else run.stdout[-6000:])
+    ok, used = run.returncode == 0, processor_seconds(run.stdout)
+    name = f"{name} ({time.monotonic() - start:.0f} s)"
+    if ok and used > LIMIT:
+        return say(False, name, f"    took {used:.0f} s of processor time, more than {LIMIT}: make it smaller, or a stage with a published run")
+    return say(ok, name, "" if ok else run.stdout[-6000:])
+
+
+def processor_seconds(output: str) -> float:
+    """What a notebook's process said last of its own use; infinite where it said nothing."""
+    found = re.findall(r"^processor seconds: ([\d.]+)$", output, re.M)
+    return float(found[-1]) if found else math.inf
 
 
 def run_notebooks(words: list[str]) -> Counter:
@@ -63,10 +78,11 @@ def run_notebooks(words: list[str]) -> Counter:
 
 
 def run_pytest() -> Counter:
-    """Run tests/ and count its cases."""
+    """Run tests/, each file in one of the processes, and count the cases."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        code = subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={report}"], cwd=ROOT).returncode
+        code = subprocess.run([sys.executable, "-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", f"--junitxml={report}"], cwd=ROOT,
+                              env=os.environ | ONE_THREAD).returncode
         if not report.exists():
             return Counter([say(False, "pytest", f"    it ended with code {code} before it wrote its report")])
         cases = Counter(_outcome(case) for case in ElementTree.parse(report).iter("testcase"))

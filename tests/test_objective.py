@@ -415,7 +415,7 @@ def test_judge_learns_in_a_training(tmp_path):
         dataset = training_data(config)
         state = start_state(initial_model(config, dataset), config)
         before = [p.detach().clone() for p in state.discriminator.parameters()]
-        sample = {k: torch.stack([dataset[i][k] for i in (0, 1)]) for k in ("hr", "lr")}
+        sample = {k: torch.stack([dataset[i][k] for i in (0, 1)]) for k in ("hr", "lr", "kernel")}
         training_step(state, sample, config)
         ends[r1] = [p.detach().clone() for p in state.discriminator.parameters()]
         assert not any(torch.equal(a, b) for a, b in zip(before, ends[r1], strict=True))

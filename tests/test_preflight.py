@@ -8,9 +8,11 @@ import nbformat
 import pytest
 import yaml
 
+from difiisr_dwt import preflight
 from difiisr_dwt import training_step as step_module
 from difiisr_dwt.datasets import degrade
 from difiisr_dwt.experiments import run_experiment
+from difiisr_dwt.gradients import perturbed
 from difiisr_dwt.images import ThermalImage, write_image
 from difiisr_dwt.models import DetailConfig, ModelConfig, NetworkConfig
 from difiisr_dwt.preflight import PreflightError, check_before
@@ -126,3 +128,25 @@ def test_the_stage_shows_the_run(tmp_path):
     assert [p[0] for p in psnr["1 step"]] == [20, 40] == [p[0] for p in lpips["4 steps"]]
     assert metrics["summary"]["iterations"] == 40 and metrics["best"]["psnr_1"] in [p[1] for p in psnr["1 step"]]
     assert all((result.run_dir / figure["file"]).stat().st_size > 5000 for figure in metrics["figures"])
+
+
+def test_a_relu_that_is_off_is_no_cut_path(tmp_path, monkeypatch):
+    """The few channels of RCAN's attention may all be off for a batch: no gradient reaches what is before them, and nothing is wrong."""
+    pytest.importorskip("spandrel")
+    model = ModelConfig(architecture="rcan", codec="pixel", baseline={"groups": 1, "blocks": 1, "features": 16})
+    config = dataclasses.replace(CONFIG, model=model)
+
+    def off(network, **seed):
+        network = perturbed(network, **seed)
+        if seed:
+            return network
+        for name, parameter in network.named_parameters():
+            if name.endswith("conv_du.0.bias"):
+                parameter.data.fill_(-0.1)
+        return network
+
+    monkeypatch.setattr(preflight, "perturbed", off)
+    check_before(config, tmp_path).demand()
+    monkeypatch.setattr(preflight, "_begin_anew", lambda network, seed: None)
+    with pytest.raises(PreflightError, match=r"no gradient reaches .*conv_du\.0"):
+        check_before(config, tmp_path).demand()

@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from difiisr_dwt.configuration import configure
 from difiisr_dwt.images import shared_data
-from difiisr_dwt.models import ModelError
-from difiisr_dwt.pipeline import SuperResolver
+from difiisr_dwt.models import ModelConfig, ModelError, RestorationModel, save_model
+from difiisr_dwt.pipeline import SuperResolver, foreign_tensors
 from difiisr_dwt.published import (
     CHAINS,
     convert,
     guess_chain,
+    is_pickled,
+    is_published,
     load_first_stage,
     load_network,
     load_published,
@@ -201,3 +204,17 @@ def test_wrong_files_are_told_in_a_sentence(files, states, tmp_path):
     assert 'steps must be 1 for' in fails(model.check, 2, 'ancestral')
     other = VQModel(**VQ | dict(embed_dim=4)).state_dict()
     assert 'trained together' in fails(load_published, files[0], saved(other))
+
+
+@pytest.mark.parametrize("length", range(0x4200, 0x4300, 8))
+def test_a_model_whose_header_begins_like_a_pickle(tmp_path, length):
+    """Safetensors begin with the length of their header, and the lowest byte of 0x4280 is also the first of a pickle."""
+    header = {"format": 1, "config": {"network": {"channels": [8], "blocks": 1}}, "info": {"padding": ""}}
+    model = RestorationModel(configure(ModelConfig, header["config"]))
+    file = tmp_path / "model.safetensors"
+    save_model(file, model, {"padding": ""})
+    now = int.from_bytes(file.read_bytes()[:8], "little")
+    save_model(file, model, {"padding": "x" * (length - now)})
+    assert abs(int.from_bytes(file.read_bytes()[:8], "little") - length) < 8
+    assert not is_pickled(file) and not is_published(file) and foreign_tensors(file) is None
+    SuperResolver.from_pretrained(file)

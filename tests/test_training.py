@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from difiisr_dwt.checkpoints import TrainingError, checkpoint_files, read_checkpoint
 from difiisr_dwt.configuration import configure
-from difiisr_dwt.datasets import DataError, degrade
+from difiisr_dwt.datasets import DataError, batches, degrade
 from difiisr_dwt.images import ThermalImage, write_image
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.train_config import TrainConfig
 from difiisr_dwt.training import train, training_data
-from difiisr_dwt.training_step import initial_model, start_state
+from difiisr_dwt.training_step import initial_model, start_state, training_step
 
 CONFIG = {
     "train": ["scenes:3"], "validation": ["scenes:1@1000000"], "crop": 64, "batch": 2, "iterations": 60, "warmup": 5,
@@ -133,3 +133,32 @@ def test_activations_lie_channels_innermost(tmp_path):
         assert all(p.is_contiguous() for p in state.model.parameters())
     assert seen["auto"][1] == 1 and seen["contiguous"][-1] == 1, seen
     torch.testing.assert_close(states["auto"], states["contiguous"])
+
+
+def test_a_told_kernel_is_learnt(tmp_path):
+    """The vectors of the kernels that were met move apart, that of 'unknown' too; one never met stays zero; resume takes all up."""
+    model = CONFIG["model"] | {"kernels": ["bicubic", "box", "matlab"]}
+    config = configure(TrainConfig, CONFIG | {"model": model, "kernel": ["bicubic", "box"], "kernel_unknown": 0.4, "iterations": 12})
+    train(config, tmp_path)
+    learnt = load_file(tmp_path / "model.safetensors")["network.kernel.weight"]
+    unknown, bicubic, box, matlab = learnt
+    assert len({row.sum().item() for row in learnt}) == 4 and not matlab.any()
+    assert unknown.any() and bicubic.any() and box.any()
+    plain = configure(TrainConfig, CONFIG | {"iterations": 1, "validate_every": 1})
+    train(plain, tmp_path / "plain")
+    taken = configure(TrainConfig, CONFIG | {"model": model, "initial": str(tmp_path / "plain" / "model.safetensors")})
+    assert not initial_model(taken, training_data(taken)).network.kernel.weight.any()
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, {1, 2}), (1.0, {0})])
+def test_kernels_are_withheld_as_often_as_said(monkeypatch, share, expected):
+    """Told always, or never."""
+    config = configure(TrainConfig, CONFIG | {"model": CONFIG["model"] | {"kernels": ["bicubic", "box"]}, "kernel": ["bicubic", "box"],
+                                              "kernel_unknown": share, "batch": 8})
+    dataset = training_data(config)
+    state = start_state(initial_model(config, dataset), config)
+    seen = []
+    state.model.network.kernel.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0].tolist()))
+    batch = next(iter(batches(dataset, config.batch, 0, 1)))
+    training_step(state, batch, config)
+    assert set(seen) == expected and len(seen) == 8
