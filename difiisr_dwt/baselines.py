@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .configuration import unknown_key_message
+from .degradations import _mirror
 from .edsr import Edsr
 
 # %% ../nbs/26_baselines.ipynb #c81c82b3
@@ -139,15 +139,9 @@ def enlarge(
     height, width = lr.shape[-2:]
     sides = [math.ceil(max(n, minimum) / multiple) * multiple for n in (height, width)]
     sides = [max(sides)] * 2 if square else sides
-    rows, columns = (_reflected(n, to, lr.device) for n, to in zip((height, width), sides, strict=True))
+    rows, columns = (_mirror(n, 0, to, lr.device) for n, to in zip((height, width), sides, strict=True))
     padded = lr[..., rows, :][..., columns]  # a copy, also where nothing is added: RCAN's writes to its input
     return network(padded)[..., : scale * height, : scale * width]
-
-
-def _reflected(n: int, to: int, device: torch.device) -> Tensor:
-    "Indices of `to` pixels, reflected into 0 … n − 1 as often as needed."
-    place = torch.arange(to, device=device) % max(2 * n - 2, 1)
-    return torch.minimum(place, 2 * n - 2 - place) if n > 1 else place
 
 # %% ../nbs/26_baselines.ipynb #bcb66579
 class SpandrelNetwork(nn.Module):

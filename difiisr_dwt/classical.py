@@ -60,7 +60,7 @@ def as_native(
     "Native values as a frame's file holds them: integers rounded and clipped to what they can be."
     if like.dtype.kind == "f":
         return values.astype(like.dtype)
-    return np.clip(np.rint(values), 0, min(like.value_range[1], np.iinfo(like.dtype).max)).astype(like.dtype)
+    return np.clip(np.rint(values), 0, like.top).astype(like.dtype)
 
 
 ENLARGERS: dict[str, Callable[[ThermalImage], np.ndarray]] = {"bicubic": bicubic, "bicubic-cv2": bicubic_cv2, "lanczos": lanczos}

@@ -134,8 +134,7 @@ def _export(arguments: argparse.Namespace) -> int:
         _say(error)
         return 2
     told = f'; kernel int64 [1]: 0 unknown, {", ".join(f"{i} {name}" for i, name in enumerate(config.kernels, 1))}' if config.kernels else ''
-    draws = config.steps if config.sampler == 'ancestral' else 1
-    print(f'{arguments.out}: lr [1, 1, h, w] in [-1, 1], normal noise [{draws}, {config.noise_channels}, h, w]{told}, to sr')
+    print(f'{arguments.out}: lr [1, 1, h, w] in [-1, 1], normal noise [{config.draws}, {config.noise_channels}, h, w]{told}, to sr')
     return 0
 
 

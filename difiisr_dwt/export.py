@@ -84,13 +84,12 @@ def export_onnx(
     if model.config.architecture != "compact":
         raise ModelError(f"only the architecture compact can be exported, not {model.config.architecture}")
     graph = Unrolled(model, steps, sampler).eval()
-    draws = steps if sampler == "ancestral" else 1
+    config = GraphConfig(model.config.scale, model.factor, model.stride, model.noise_channels, steps, sampler, model.config.kernels)
     lr = torch.zeros(1, 1, 24, 20)
-    inputs: dict[str, Tensor] = {"lr": lr, "noise": torch.zeros(draws, *model.noise_shape(graph.upsample(lr))[1:])}
+    inputs: dict[str, Tensor] = {"lr": lr, "noise": torch.zeros(config.draws, *model.noise_shape(graph.upsample(lr))[1:])}
     if graph.told:
         inputs["kernel"] = torch.zeros(1, dtype=torch.int64)
     free = {"lr": {2: "h", 3: "w"}, "noise": {2: "h_latent", 3: "w_latent"}, "sr": {2: "H", 3: "W"}}
-    config = GraphConfig(model.config.scale, model.factor, model.stride, model.noise_channels, steps, sampler, model.config.kernels)
     with atomic_path(out) as temporary:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the tracer, for checks of shapes that it need not keep

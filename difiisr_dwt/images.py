@@ -61,7 +61,12 @@ class ThermalImage:
             if self.dtype.kind == 'f': return values.astype(self.dtype)
         if np.isnan(values).any():
             raise ImageError(f'NaN pixels cannot be stored as {self.dtype}; use a float TIFF or fill them first')
-        return np.clip(np.rint(values), 0, min(hi, np.iinfo(self.dtype).max)).astype(self.dtype)
+        return np.clip(np.rint(values), 0, self.top).astype(self.dtype)
+
+    @property
+    def top(self) -> float:
+        "The largest value that an integer frame's file can hold."
+        return float(min(self.value_range[1], np.iinfo(self.dtype).max))
 
     def in_range(self,
         value_range: tuple[float, float], # (lo, hi) in native values, lo < hi

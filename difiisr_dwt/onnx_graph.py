@@ -55,6 +55,11 @@ class GraphConfig:
     sampler: str
     kernels: tuple[str, ...] = ()  # that the network can be told; `kernel` is 0 for unknown, else one more than the place here
 
+    @property
+    def draws(self) -> int:
+        "How many noises a run takes: for x_T, and by the ancestral sampler once per further step."
+        return self.steps if self.sampler == "ancestral" else 1
+
 
 class OnnxModel:
     """A graph with the interface of `models.RestorationModel` that `SuperResolver` needs.
@@ -112,9 +117,8 @@ class OnnxModel:
     ) -> Tensor:  # SR, [B, 1, scale·h, scale·w], not clipped
         "Run the graph; raises ValueError as `check` does."
         self.check(steps, sampler)
-        draws = self.config.steps if self.config.sampler == "ancestral" else 1
         shape = (len(lr), self.noise_channels, *(-(-n * self.config.scale // self.factor) for n in lr.shape[-2:]))
-        noise = [noise_sampler() if noise_sampler else torch.randn(shape) for _ in range(draws)]
+        noise = [noise_sampler() if noise_sampler else torch.randn(shape) for _ in range(self.config.draws)]
         place = 1 + self.config.kernels.index(kernel) if kernel in self.config.kernels else 0
         told = {"kernel": np.array([place], dtype=np.int64)} if self.config.kernels else {}
         images = [

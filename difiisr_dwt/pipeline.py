@@ -28,7 +28,7 @@ from .guidance import Guidance
 from .images import ImageError, ThermalImage, denormalize, level, normalize, robust_range
 from .models import SAMPLERS, UNKNOWN, ModelError, RestorationModel, choose_device, find_model, load_model
 from .onnx_graph import OnnxModel
-from .published import PublishedModel, is_pickled, is_published, load_published, published_tiles, read_checkpoint, reflect_pad
+from .published import PublishedModel, is_pickled, is_published, load_published, own_header, published_tiles, read_checkpoint, reflect_pad
 from .tiling import Tile, noise_crop, split
 
 # %% ../nbs/50_pipeline.ipynb #ceeebef6
@@ -40,12 +40,13 @@ def foreign_tensors(
     path: Path,
 ) -> dict[str, Tensor] | None: # None where the file is for another reader
     "The tensors of a file that is neither a model of ours nor one of DifIISR, ResShift or SinSR."
+    if own_header(path): return None # known without reading its tensors twice
     try:
         with open(path, 'rb') as file: start = file.read(9)
         if not is_pickled(path) and start[8:] != b'{': return None # no safetensors, where a JSON text begins at byte 8
     except OSError: return None
-    tensors, header = read_checkpoint(path)
-    ours = header or any(name in tensors for name in ('time_embed.0.weight', 'quantize.embedding.weight', 'first_stage.quantize.embedding.weight'))
+    tensors, _ = read_checkpoint(path)
+    ours = any(name in tensors for name in ('time_embed.0.weight', 'quantize.embedding.weight', 'first_stage.quantize.embedding.weight'))
     return None if ours else tensors
 
 # %% ../nbs/50_pipeline.ipynb #ff453099
@@ -130,7 +131,7 @@ class SuperResolver:
             raise ModelError('guidance steers models of this package, in torch; this is another, so leave guide out')
         seen = self._pixel_range(image, value_range)
         lr = torch.from_numpy(normalize(fill_masked(image.pixels), seen))[None, None]
-        ends = None if image.dtype.kind == 'f' else tuple(normalize((end - image.value_range[0]) * level(image), seen) for end in (.5, _top(image) - .5))
+        ends = None if image.dtype.kind == 'f' else tuple(normalize((end - image.value_range[0]) * level(image), seen) for end in (.5, image.top - .5))
         projection = Projection(lr, kernel, self.scale, ends) if consistent else None
         with torch.no_grad() if guide else torch.inference_mode(): # a gradient inside needs tensors that can have one
             pixels = denormalize(self._restore(lr, steps, seed, sampler, tile, callback, guide, kernel, projection), seen)
@@ -257,17 +258,12 @@ def _in_turn(wraps: list[Callable[..., Callable]]) -> Callable[..., Callable]:
     return wrap
 
 
-def _top(image: ThermalImage) -> float:
-    "The largest count of an integer image."
-    return float(min(image.value_range[1], np.iinfo(image.dtype).max))
-
-
 def _consistent(image: ThermalImage, pixels: np.ndarray, kernel: str, scale: int) -> np.ndarray:
     "The pixels of a result near `pixels` that down-sample to the image (masked pixels as `fill_masked` has them), whole counts if it has counts."
     low, high = (torch.from_numpy(x).double() for x in (fill_masked(image.pixels), pixels))
     if image.dtype.kind == 'f': return project(high[None, None], low[None, None], kernel, scale)[0, 0].numpy()
     lo, hi = image.value_range
-    counts = consistent_counts(lo + high * (hi - lo), (lo + low * (hi - lo)).round(), kernel, _top(image), scale)
+    counts = consistent_counts(lo + high * (hi - lo), (lo + low * (hi - lo)).round(), kernel, image.top, scale)
     return ((counts - lo) / (hi - lo)).numpy()
 
 
@@ -285,7 +281,7 @@ def deviation_from(
     "How far the result, made small by the kernel, is from the image where it is farthest: at most half a count of a consistent one. Masks aside."
     low, high = (torch.from_numpy(x.native().astype(np.float64)) for x in (image, result))
     scale = len(high) // len(low)
-    if image.dtype.kind != 'f': return float(deviation(high, low, kernel, _top(image), scale, stored).abs().max())
+    if image.dtype.kind != 'f': return float(deviation(high, low, kernel, image.top, scale, stored).abs().max())
     masked = F.max_pool2d((~low.isfinite()).double()[None], 5, 1, 2)[0] > 0 # what a kernel sees of a mask is none of the image
     if masked.all(): return 0.
     offset = low[~masked].mean() # for precision

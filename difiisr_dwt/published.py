@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAINS', 'is_pickled', 'read_checkpoint', 'swin_config', 'vq_config', 'load_network', 'load_first_stage', 'Chain',
-           'guess_chain', 'reflect_pad', 'published_tiles', 'PublishedConfig', 'PublishedModel', 'is_published',
-           'load_published', 'convert']
+           'guess_chain', 'reflect_pad', 'published_tiles', 'PublishedConfig', 'PublishedModel', 'own_header',
+           'is_published', 'load_published', 'convert']
 
 # %% ../nbs/49_published.ipynb #6864f981
 import dataclasses
@@ -318,16 +318,26 @@ class PublishedModel(nn.Module):
         return image.mean(1, keepdim=True) if lr.shape[1] == 1 else image
 
 # %% ../nbs/49_published.ipynb #2c60743d
+def own_header(
+    path: str | Path,
+) -> dict[str, Any]:  # {} for another file, or one that cannot be read
+    "What this package wrote into a safetensors file beside the tensors, which are not read."
+    try:
+        if is_pickled(path): return {}
+        with safe_open(path, framework="pt") as file: return json.loads((file.metadata() or {}).get("difiisr_dwt", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+
+
 def is_published(
     path: str | Path,
 ) -> bool:
     "Whether a file is for `load_published`: a pickle, a converted file, or safetensors that are not a model of ours."
     try:
-        if is_pickled(path): return True
+        if is_pickled(path) or "published" in own_header(path): return True
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("difiisr_dwt", "{}"))
-            return "published" in header or "time_embed.0.weight" in file.keys() or "quantize.embedding.weight" in file.keys()
-    except (OSError, SafetensorError, ValueError):
+            return "time_embed.0.weight" in file.keys() or "quantize.embedding.weight" in file.keys()
+    except (OSError, SafetensorError):
         return False
 
 

@@ -150,14 +150,13 @@ def _section(claim: Claim, picture: "callable") -> list[str]:
         lines.append(claim.note)
     if claim.figure:
         lines.append(f"![{claim.topic}]({picture(claim.figure).as_posix()})")
-    runs = list(dict.fromkeys(r.path for r in [claim.run, *(f.run for f in claim.facts)] if r))
-    by_path = {r.path: r for r in [claim.run, *(f.run for f in claim.facts)] if r}
-    links = [f"[run `{path}`]({quoted.page_name(by_path[path])}.ipynb)" if by_path[path].notebook else f"run `{path}`" for path in runs]
+    runs = list({r.path: r for r in [claim.run, *(f.run for f in claim.facts)] if r}.values())
+    links = [f"[run `{r.path}`]({quoted.page_name(r)}.ipynb)" if r.notebook else f"run `{r.path}`" for r in runs]
     if claim.notebook:
         page = claim.notebook.removeprefix("nbs/")
         links.insert(0, f"[notebook {Path(page).stem}]({page})")
     if links:
-        commands = "\n".join(dict.fromkeys(by_path[path].command_today for path in runs))
+        commands = "\n".join(dict.fromkeys(r.command_today for r in runs))
         lines.append("From " + ", ".join(links) + (". Again by" + (" (the page of the run has the file)" if "again.yaml" in commands else "") if runs else "."))
         lines += [f"```bash\n{commands}\n```"] if runs else []
     return lines

@@ -218,3 +218,12 @@ def test_a_model_whose_header_begins_like_a_pickle(tmp_path, length):
     assert abs(int.from_bytes(file.read_bytes()[:8], "little") - length) < 8
     assert not is_pickled(file) and not is_published(file) and foreign_tensors(file) is None
     SuperResolver.from_pretrained(file)
+
+
+def test_a_model_of_ours_is_read_once(tmp_path, monkeypatch):
+    """Whose file it is, its header tells."""
+    file = tmp_path / "model.safetensors"
+    save_model(file, RestorationModel(configure(ModelConfig, {"network": {"channels": [8], "blocks": 1}})))
+    monkeypatch.setattr("difiisr_dwt.pipeline.read_checkpoint", lambda path: pytest.fail("its tensors were read to see whose it is"))
+    assert foreign_tensors(file) is None
+    SuperResolver.from_pretrained(file)
