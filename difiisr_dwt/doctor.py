@@ -32,7 +32,10 @@ class Finding:
 
 
 _NEEDED = ('torch', 'numpy', 'pillow', 'tifffile', 'imagecodecs', 'safetensors', 'tqdm')
-_OPTIONAL = {'flyr': 'FLIR radiometric JPEG', 'submitit': 'runs on a Slurm cluster', 'piq': 'CLIP-IQA'}
+_OPTIONAL = { # what for, and the extra that brings it
+    'flyr': ('FLIR radiometric JPEG', 'flir'), 'onnxruntime': ('models as ONNX files', 'onnx'), 'onnx': ('difiisr export', 'onnx'),
+    'spandrel': ("others' networks as models", 'baselines'), 'submitit': ('runs on a Slurm cluster', 'slurm'), 'piq': ('CLIP-IQA', 'iqa'),
+}
 
 
 def _version(package: str) -> str | None:
@@ -45,9 +48,9 @@ def _versions() -> list[Finding]:
     for package in _NEEDED:
         version = _version(package)
         found.append(Finding('versions', package, version or 'not installed; pip install difiisr_dwt again', 'ok' if version else 'problem'))
-    for package, use in _OPTIONAL.items():
-        version = _version(package)
-        found.append(Finding('versions', package, version or f'not installed; only needed for {use}', 'ok' if version else 'note'))
+    for package, (use, extra) in _OPTIONAL.items():
+        version = _version(package) or _version(f'{package}-gpu') # onnxruntime has a twin
+        found.append(Finding('versions', package, version or f'not installed (extra {extra}); only needed for {use}', 'ok' if version else 'note'))
     ffmpeg = shutil.which('ffmpeg')
     try: said = subprocess.run([ffmpeg, '-version'], capture_output=True, text=True, timeout=20).stdout.split() if ffmpeg else []
     except (OSError, subprocess.TimeoutExpired): said = []
@@ -77,7 +80,7 @@ def _weights() -> list[Finding]:
     for name, path in models.items():
         try: steps = SuperResolver.from_pretrained(path, device='cpu').max_steps
         except ModelError as error: found.append(Finding('weights', name, str(error), 'problem'))
-        else: found.append(Finding('weights', name, f'{path.stat().st_size / 1e6:.1f} MB, 1 to {steps} steps'))
+        else: found.append(Finding('weights', name, f'{path.stat().st_size / 1e6:.1f} MB, ' + (f'1 to {steps} steps' if steps > 1 else '1 step')))
     return found or [Finding('weights', 'shipped models', 'none; pip install difiisr_dwt again', 'problem')]
 
 

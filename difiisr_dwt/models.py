@@ -32,7 +32,7 @@ from .losses import latent_mse
 from .pairs import DEGRADATIONS, check_kernels
 from .sampling import Denoiser, sample_ancestral, sample_ddim
 from .schedule import ResShiftSchedule
-from .unet import CompactUNet
+from .unet import CompactUNet, Moments
 from .unet_swin import SWIN, UNetModelSwin
 from .vq import VQ_F4, VQModel
 
@@ -242,6 +242,7 @@ class RestorationModel(nn.Module):
         up: Tensor,  # up-sampled LR, [B, 1, H, W]
         lr: Tensor | None = None,  # the LR itself, [B, 1, h, w], for networks that read it
         kernel: Kernel = None,  # how it was made
+        moments: Moments | None = None,  # for the compact network, see `unet`
     ) -> Denoiser:
         "The network as samplers and losses call it, `(scaled x_t, t) -> x0`, with all that it sees beside the state."
         if self.config.architecture in BASELINES:
@@ -251,7 +252,7 @@ class RestorationModel(nn.Module):
             x0 = self.latent_space.encode(image + up if self.config.baseline.get("skip") else image, up)
             return lambda *_: x0
         condition, told = self.condition(up), self.told(kernel, len(up))
-        options = {} if told is None else {"kernel": told}
+        options = {key: value for key, value in {"kernel": told, "moments": moments}.items() if value is not None}
         return lambda x, t: self.network(x, t, condition, **options)
 
     def predict(
@@ -291,10 +292,11 @@ class RestorationModel(nn.Module):
         guidance: Callable[..., Callable] | None = None,  # wraps the denoiser of the chain, see `guidance.Guidance`
         lr: Tensor | None = None,  # these as for `denoiser`
         kernel: Kernel = None,
+        moments: Moments | None = None,
     ) -> Tensor:  # SR, [B, 1, H, W], not clipped
         "Run the reverse chain; raises `ModelError` as `check` does."
         self.check(steps, sampler)
-        denoise, schedule, channels = self.denoiser(up, lr, kernel), self.schedule.respace(steps), self.latent_space.codec.channels
+        denoise, schedule, channels = self.denoiser(up, lr, kernel, moments), self.schedule.respace(steps), self.latent_space.codec.channels
 
         def noise(part: slice) -> Callable[[], Tensor] | None:
             return (lambda: noise_sampler()[:, part]) if noise_sampler else None
@@ -310,7 +312,7 @@ class RestorationModel(nn.Module):
         if self.config.details.kind == "cascade":
             seen = torch.cat(seen, 1)
             details = SAMPLERS[sampler](
-                lambda x, t: self.details(x, t, seen), self.detail_space.prior(up), schedule, noise(slice(channels, None))
+                lambda x, t: self.details(x, t, seen, moments=moments), self.detail_space.prior(up), schedule, noise(slice(channels, None))
             )
         else:
             details = self.details(*seen)

@@ -17,22 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from .baselines import ForeignModel, recognize
 from .classical import ENLARGERS, SHARPENERS, fill_masked
 from .configuration import unknown_key_message
-from .consistency import Projection, back_project, consistent_counts, deviation, project
+from .consistency import SLACK, Projection, back_project, consistent_counts, deviation, project
 from .degradations import KERNELS, downsample, upsample
 from .guidance import Guidance
 from .images import ImageError, ThermalImage, denormalize, level, normalize, robust_range
 from .models import SAMPLERS, UNKNOWN, ModelError, RestorationModel, choose_device, find_model, load_model
 from .onnx_graph import OnnxModel
 from .published import PublishedModel, is_pickled, is_published, load_published, own_header, published_tiles, read_checkpoint, reflect_pad
-from .tiling import Tile, noise_crop, split
+from .tiling import Tile, memory, noise_crop, sample, split
+from .unet import CompactUNet, Moments, frame_moments, record, replay
 
 # %% ../nbs/50_pipeline.ipynb #ceeebef6
 TILE, OVERLAP = 256, 16 # LR pixels
+_MOST = 2e9 # bytes that an image is given to be restored as a whole
 _MARGIN = 2 # LR pixels that bicubic up-sampling sees beyond a tile
 
 # %% ../nbs/50_pipeline.ipynb #1ece1b6f
@@ -86,7 +89,7 @@ class SuperResolver:
         "Steps of the chain that the model was trained on."
         return self.model.max_steps
 
-    def check(self, steps: int, seed: int, sampler: str, tile: int, kernel: str | None = None, consistent: bool = False) -> None:
+    def check(self, steps: int, seed: int, sampler: str, tile: int | None, kernel: str | None = None, consistent: bool = False) -> None:
         "Raise `ModelError` for a request that `upscale` cannot meet."
         if sampler not in SAMPLERS: raise ModelError(unknown_key_message(sampler, SAMPLERS, what='sampler'))
         try: self.model.check(steps, sampler)
@@ -103,7 +106,7 @@ class SuperResolver:
         seed: int = 0, # of the noise
         sampler: str = 'ancestral', # or 'ddim'
         value_range: tuple[float, float] | None = None, # native values seen as [-1, 1], common to a sequence; None: the frame's
-        tile: int = TILE, # LR pixels along a side, at most 128 for published models; 0 for the whole image at once
+        tile: int | None = None, # LR pixels along a side, at most 128 for published models; 0: the whole at once; None: that where memory allows
         callback: Callable[[int, int], None] | None = None, # called with (done, total) steps of all tiles: at first, and after each
         guide: Callable[[Tensor], Guidance] | None = None, # what steers the chain, for an LR tile [1, 1, h, w] in [0, 1]
         kernel: str | None = None, # how the array was made, a key of `degradations.KERNELS`; None or 'unknown': nobody knows
@@ -119,7 +122,7 @@ class SuperResolver:
         seed: int = 0,
         sampler: str = 'ancestral',
         value_range: tuple[float, float] | None = None,
-        tile: int = TILE,
+        tile: int | None = None,
         callback: Callable[[int, int], None] | None = None,
         guide: Callable[[Tensor], Guidance] | None = None,
         kernel: str | None = None,
@@ -132,7 +135,8 @@ class SuperResolver:
         seen = self._pixel_range(image, value_range)
         lr = torch.from_numpy(normalize(fill_masked(image.pixels), seen))[None, None]
         ends = None if image.dtype.kind == 'f' else tuple(normalize((end - image.value_range[0]) * level(image), seen) for end in (.5, image.top - .5))
-        projection = Projection(lr, kernel, self.scale, ends) if consistent else None
+        slack = 0. if ends is None else 2 * SLACK * level(image) / (seen[1] - seen[0])
+        projection = Projection(lr, kernel, self.scale, ends, slack) if consistent else None
         with torch.no_grad() if guide else torch.inference_mode(): # a gradient inside needs tensors that can have one
             pixels = denormalize(self._restore(lr, steps, seed, sampler, tile, callback, guide, kernel, projection), seen)
         if consistent: pixels = _consistent(image, pixels, kernel, self.scale)
@@ -148,7 +152,7 @@ class SuperResolver:
         seed: int = 0, # of the first; the others follow
         callback: Callable[[int, int], None] | None = None, # called with (done, total) steps of all samples
         **options: Any, # as for `upscale_image`
-    ) -> tuple[ThermalImage, np.ndarray]: # mean of the samples; their deviation per pixel, float32 [4·H, 4·W] in native units
+    ) -> tuple[ThermalImage, np.ndarray]: # mean of the samples; their deviation about each pixel, float32 [4·H, 4·W] in native units
         "What several samples agree on, and by how much they differ: where detail was measured, and where imagined. Raises as `upscale_image`."
         if samples < 2: raise ModelError(f'samples must be 2 or more, not {samples}')
         mean, squares = 0., 0.
@@ -160,7 +164,7 @@ class SuperResolver:
             squares = squares + change * (pixels - mean)
         if options.get('consistent'): mean = _consistent(image, mean, options['kernel'], self.scale)
         low, high = image.value_range
-        return image.with_pixels(mean, self.scale), (np.sqrt(squares / (samples - 1)) * (high - low)).astype(np.float32)
+        return image.with_pixels(mean, self.scale), (np.sqrt(_pooled(squares / (samples - 1))) * (high - low)).astype(np.float32)
 
     def _pixel_range(self, image: ThermalImage, value_range: tuple[float, float] | None) -> tuple[float, float]:
         "What is mapped to [-1, 1], in units of `pixels`: that of `datasets.Pair`, or the caller's."
@@ -171,10 +175,12 @@ class SuperResolver:
             raise ModelError(f'value_range must be two rising finite numbers, not {value_range}')
         return (low - lo) / (hi - lo), (high - lo) / (hi - lo)
 
-    def _restore(self, lr: Tensor, steps: int, seed: int, sampler: str, tile: int,
+    def _restore(self, lr: Tensor, steps: int, seed: int, sampler: str, tile: int | None,
                  callback: Callable | None, guide: Callable | None, kernel: str | None, projection: Projection | None) -> np.ndarray:
         "Normalized LR [1, 1, h, w] to normalized SR float32 [scale·h, scale·w], tile by tile."
         height, width = size = lr.shape[-2:]
+        own, compact = isinstance(self.model, RestorationModel), isinstance(getattr(self.model, 'network', None), CompactUNet)
+        if tile is None: tile = 0 if compact and not guide and self._fits(height, width) else TILE
         if isinstance(self.model, PublishedModel):
             lr = reflect_pad(lr, self.model.multiple)
             height, width = lr.shape[-2:]
@@ -186,16 +192,23 @@ class SuperResolver:
             side = tile // multiple * multiple or multiple * math.ceil(max(height, width, 4 * OVERLAP) / multiple)
             tiles = split(height, width, side, OVERLAP, multiple, self.scale)
         result = np.zeros((height * self.scale, width * self.scale), dtype=np.float32)
-        if callback: callback(0, len(tiles) * steps)
-        for number, part in enumerate(tiles):
-            seen = self._seen(lr, part).to(self.device)
-            progress = _progress(callback, number * steps, len(tiles) * steps)
-            own = not isinstance(self.model, PublishedModel)
-            low = self._under(lr, part).to(self.device)
-            told = {'lr': low, 'kernel': kernel} if own else {}
-            wraps = ([guide((low + 1) / 2)] if guide else []) + ([replace(projection, lr=low)] if projection and isinstance(self.model, RestorationModel) else [])
+
+        def restore(parts: list[Tile], progress: Callable | None = None, moments: Moments | None = None, guide: Callable | None = None) -> Tensor:
+            seen, low = (torch.cat([f(lr, part) for part in parts]).to(self.device) for f in (self._seen, self._under))
+            told = {} if isinstance(self.model, PublishedModel) else {'lr': low, 'kernel': kernel}
+            wraps = ([guide((low + 1) / 2)] if guide else []) + ([replace(projection, lr=low)] if projection and own else [])
             if wraps: told['guidance'] = _in_turn(wraps)
-            restored = self.model.restore(seen, steps, sampler, self._noise_sampler(seed, part), progress, **told)
+            if moments: told['moments'] = moments
+            return self.model.restore(seen, steps, sampler, self._noise_sampler(seed, parts), progress, **told)
+
+        if callback: callback(0, len(tiles) * steps)
+        found: list[tuple[Tensor, Tensor]] = []
+        if compact and len(tiles) > 1:
+            pieces = sample(height, width, multiple=multiple)
+            restore(pieces, moments=record(found, torch.from_numpy(np.stack([p.weight for p in pieces]))[:, None].to(self.device)))
+        for number, part in enumerate(tiles):
+            progress = _progress(callback, number * steps, len(tiles) * steps)
+            restored = restore([part], progress, (replay(found) if found else frame_moments) if compact else None, guide)
             top, left = part.top * self.scale, part.left * self.scale
             target = result[top:top + restored.shape[-2], left:left + restored.shape[-1]]
             target += part.weight * restored[0, 0].cpu().numpy()
@@ -209,12 +222,23 @@ class SuperResolver:
     def _under(lr: Tensor, part: Tile) -> Tensor:
         return lr[..., part.top:part.top + part.height, part.left:part.left + part.width]
 
-    def _noise_sampler(self, seed: int, part: Tile) -> Callable[[], Tensor]:
-        "What lies under a tile, of one field after another."
+    def _fits(self, height: int, width: int) -> bool:
+        "Whether an LR may be restored as a whole; no more than a bound, so that it is decided alike on most machines."
+        values = 3 * self.model.network.channels[0] + 12 * self.model.noise_channels # at once for each pixel; 1.2 of 1.5 kB were measured
+        total, free = memory(self.device)
+        return self.model.details is None and 4 * values * height * width <= min(_MOST, total / 8, free / 2)
+
+    def _noise_sampler(self, seed: int, parts: list[Tile]) -> Callable[[], Tensor]:
+        "What lies under tiles of one size, of one field after another."
         factor, channels, draws = self.model.factor, self.model.noise_channels, count()
-        top, left = (n * self.scale // factor for n in (part.top, part.left))
-        height, width = (math.ceil(n * self.scale / factor) for n in (part.height, part.width))
-        return lambda: noise_crop(seed, next(draws), channels, top, left, height, width).to(self.device)
+        places = [(part.top * self.scale // factor, part.left * self.scale // factor) for part in parts]
+        size = [math.ceil(n * self.scale / factor) for n in (parts[0].height, parts[0].width)]
+
+        def draw() -> Tensor:
+            number = next(draws)
+            return torch.cat([noise_crop(seed, number, channels, *place, *size) for place in places]).to(self.device)
+
+        return draw
 
     def _upsampled(self, lr: Tensor, part: Tile) -> Tensor:
         "The part of `upsample(lr)` under a tile, from the pixels that it depends on."
@@ -243,6 +267,13 @@ def _graph(path: Path, device: torch.device, first_stage: str | Path | None, cha
     try: model = OnnxModel(path, device)
     except ValueError as error: raise ModelError(str(error)) from None
     return model, device, model.info
+
+
+def _pooled(variance: np.ndarray) -> np.ndarray:
+    "What few samples tell of a variance, with the help of neighbours: Gaussian of one pixel; NaN stays, and gives nothing."
+    known = np.isfinite(variance)
+    share, sums = (gaussian_filter(x, 1.) for x in (known.astype(np.float64), np.where(known, variance, 0.)))
+    return np.divide(sums, share, out=np.full_like(variance, np.nan), where=known)
 
 
 def _enlarge(x: np.ndarray, scale: int) -> np.ndarray:

@@ -90,7 +90,7 @@ class TrainConfig:
     sam_checkpoint: str = ""  # file of the term "sam"
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     distillation: DistillationConfig = DistillationConfig()
-    t: str = "uniform"  # step of the chain that is trained: any, or the "last" alone, for a model of one step
+    t: str = "uniform"  # step of the chain that is trained: any, the "last" alone (a model of one step), or "half_last", half of the samples
     # optimization
     iterations: int = 20_000
     cpu_minutes: float = 0.0  # if not 0, `iterations` is what takes this processor time here, less that of fitting a codec
@@ -132,7 +132,7 @@ MAY_CHANGE = (  # between a run and its continuation
 def check_config(config: TrainConfig) -> None:
     "Raise `TrainingError` for values that contradict themselves or each other."
     for key, known in (
-        ("error_of", ("latent", "image")), ("t", ("uniform", "last")), ("decay", DECAYS),
+        ("error_of", ("latent", "image")), ("t", ("uniform", "last", "half_last")), ("decay", DECAYS),
         ("precision", ("float32", "bfloat16", "float16")), ("best", ("psnr_1", "psnr_all", "lpips_1", "lpips_all")),
         ("memory_format", ("auto", "contiguous", "channels_last")),
     ):

@@ -102,13 +102,15 @@ def draw_chain(
     up: Tensor,  # [B, 1, H, W], this process's part of a batch
     generator: torch.Generator,  # on its device
     processes: int = 1,  # that share the batch
-    t: str = "uniform",  # or "last"
+    t: str = "uniform",  # or "last", or "half_last": half of the samples at the last step
 ) -> tuple[Tensor, Tensor]:  # steps int64 [processes·B, 2] and normal noise for the whole batch, see `TrainingLoss.forward`
     "What is random in an iteration: the same for the whole batch, whoever computes a part of it."
     whole = len(up) * processes
     steps = torch.randint(model.schedule.steps, (2, whole), generator=generator, device=up.device).T
     if t == "last":
         steps = steps.new_full(steps.shape, model.schedule.steps - 1)
+    elif t == "half_last":  # drawn, not every other sample: sources may take turns
+        steps[torch.rand(whole, generator=generator, device=up.device) < 0.5] = model.schedule.steps - 1
     return steps, torch.randn((whole, *model.noise_shape(up)[1:]), generator=generator, device=up.device)
 
 

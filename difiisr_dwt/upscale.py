@@ -22,13 +22,19 @@ from .palettes import PALETTES
 from .tasks import Batch, Task, bar_of, identity, is_file, out_of_memory, read_task, why_unwritable, work
 
 # %% ../nbs/78_upscale.ipynb #9e9b069a
+def _tile(word: str) -> int | None:
+    "Pixels, or None for auto."
+    return None if word == 'auto' else _whole(0)(word)
+
+
 def restoration_arguments(parser: argparse.ArgumentParser) -> None:
     "What decides the pixels of a result, beside the model."
     parser.add_argument('--steps', type=_whole(1), default=1, metavar='N', help='1: most faithful … 15: most lifelike (default: %(default)s)')
     parser.add_argument('--seed', type=_whole(0), default=0, metavar='S', help='of the noise (default: %(default)s)')
     parser.add_argument('--sampler', default='ancestral', metavar='NAME', help='ancestral, or ddim: with no noise of its own (default: %(default)s)')
-    parser.add_argument('--tile', type=_whole(0), metavar='N',
-                        help='work on N×N input pixels at once, 64 or more; less takes less memory, 0 is the whole image (default: 256)')
+    parser.add_argument('--tile', type=_tile, metavar='N',
+                        help='work on N×N input pixels at once, 64 or more; less takes less memory, 0 is the whole image, auto the whole where memory '
+                             'allows (some 1.5 kB per input pixel), else 256 (default: auto)')
     parser.add_argument('--samples', type=_whole(1), default=1, metavar='N',
                         help='the mean of N samples of several steps, and beside each result how they differ, in the unit of the input: <stem>.deviation.tif '
                              '(default: %(default)s)')
@@ -42,10 +48,8 @@ def restoration_options(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]: # keywords of `SuperResolver.check` and `upscale_image`
     "The same as Python says it."
-    from difiisr_dwt.pipeline import TILE
-
     return {'steps': arguments.steps, 'seed': arguments.seed, 'sampler': arguments.sampler,
-            'tile': TILE if arguments.tile is None else arguments.tile, 'kernel': arguments.kernel, 'consistent': arguments.consistent}
+            'tile': arguments.tile, 'kernel': arguments.kernel, 'consistent': arguments.consistent}
 
 
 def upscale_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +91,7 @@ def _failed(job: Job, error: BaseException, batch: Batch, start: float) -> None:
     from difiisr_dwt.models import ModelError
 
     if isinstance(error, ImageError | ModelError): sentence = str(error)
-    elif out_of_memory(error): sentence = f'cannot upscale {job.source}: it does not fit into memory; use a smaller --tile'
+    elif out_of_memory(error): sentence = f'cannot upscale {job.source}: it does not fit into memory; use a smaller --tile, such as 128'
     else:
         batch.faults += 1
         sentence = f'cannot upscale {job.source}: a fault of ours, please report it with these lines'

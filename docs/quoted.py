@@ -135,34 +135,44 @@ def problems() -> list[str]:
 
 
 @functools.cache
-def _rows(kernel: str, model: str = "compact") -> dict[tuple[str, str], dict[str, Any]]:
-    """(set, method): the row of the newest evaluation of a model at a kernel."""
-    runs = [r for r in published() if r.stage == "evaluate" and (r.params["model"], r.params["kernel"]) == (model, kernel)
+def _rows(kernel: str, model: str = "compact", told: str = "") -> dict[tuple[str, str], dict[str, Any]]:
+    """(set, method): the row of the newest evaluation of a model at a kernel, told the true one where `told` is empty."""
+    runs = [r for r in published() if r.stage == "evaluate"
+            and (r.params["model"], r.params["kernel"], r.params.get("told", "")) == (model, kernel, told)
             and not any(r.params.get(key) for key in ("crop", "limit", "lr"))]  # all images, whole
     return {(row["set"], row["method"]): row for run in sorted(runs, key=lambda r: r.record["started"]) for row in run.metrics["rows"]}
 
 
-def value(name: str, data: str, method: str, kernel: str = "bicubic") -> float:
-    """One measured number of the shipped weights, such as `psnr` of `1 step` on `m3fd`; KeyError where it was not published."""
-    return _rows(kernel)[data, method][name]
+def value(name: str, data: str, method: str, kernel: str = "bicubic", model: str = "compact", told: str = "") -> float:
+    """One measured number of shipped weights, such as `psnr` of `1 step` on `m3fd`; KeyError where it was not published."""
+    return _rows(kernel, model, told)[data, method][name]
 
 
-def psnr(data: str, method: str, kernel: str = "bicubic") -> str:
+def psnr(data: str, method: str, kernel: str = "bicubic", model: str = "compact", told: str = "") -> str:
     """PSNR in dB as text."""
-    return f"{value('psnr', data, method, kernel):.2f}"
+    return f"{value('psnr', data, method, kernel, model, told):.2f}"
 
 
-def lpips(data: str, method: str) -> str:
+def lpips(data: str, method: str, kernel: str = "bicubic", model: str = "compact", told: str = "") -> str:
     """LPIPS (alex) as text."""
-    return f"{value('lpips', data, method):.3f}"
+    return f"{value('lpips', data, method, kernel, model, told):.3f}"
 
 
-def results_table() -> str:
+def results_table(model: str = "compact", kernel: str = "bicubic", told: str = "") -> str:
     """The table of README and model card: PSNR / LPIPS of every method on every set."""
-    rows = _rows("bicubic")
+    rows = _rows(kernel, model, told)
     methods, sets = (list(dict.fromkeys(key[i] for key in rows)) for i in (1, 0))
     lines = ["| | " + " | ".join(f"{name}, {rows[name, methods[0]]['images']}" for name in sets) + " |", "|---" * (len(sets) + 1) + "|"]
-    lines += [f"| {m} | " + " | ".join(f"{psnr(s, m)} / {lpips(s, m)}" for s in sets) + " |" for m in methods]
+    lines += [f"| {m} | " + " | ".join("{psnr:.2f} / {lpips:.3f}".format_map(rows[s, m]) for s in sets) + " |" for m in methods]
+    return "\n".join(lines)
+
+
+def structure_table(methods: list[tuple[str, str]]) -> str:
+    """Grain-fair LPIPS / gradient magnitude similarity deviation of (model, method) on every set that all were judged on."""
+    rows = {model: _rows("bicubic", model) for model, _ in methods}
+    sets = [name for name in dict.fromkeys(key[0] for key in rows[methods[0][0]]) if all((name, m) in rows[model] for model, m in methods)]
+    lines = ["| | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
+    lines += [f"| {model}, {m} | " + " | ".join("{grain_fair:.3f} / {gmsd:.4f}".format_map(rows[model][s, m]) for s in sets) + " |" for model, m in methods]
     return "\n".join(lines)
 
 
@@ -247,8 +257,8 @@ def page_name(run: Published) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.globals.update(metric=metric, table=table, value=value, psnr=psnr, lpips=lpips, results_table=results_table, costs=costs,
-                               parameters=parameters)
+    environment.globals.update(metric=metric, table=table, value=value, psnr=psnr, lpips=lpips, results_table=results_table,
+                               structure_table=structure_table, costs=costs, parameters=parameters)
     return environment
 
 

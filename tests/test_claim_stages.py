@@ -53,4 +53,5 @@ def test_calibration(tmp_path):
     (row,) = m["rows"]
     assert row["set"] == source and row["images"] == 2 and 0.1 < row["worst image"] <= row["Spearman"] < 1
     assert row["error where least sure, over where surest"] > 1.5
-    assert f"correlate by {row['Spearman']:.2f}" in m["conclusion"] and len(m["figures"]) == 2
+    assert f"correlate by {row['all pixels of the set']:.2f}" in m["conclusion"] and f"within an image by {row['Spearman']:.2f}" in m["conclusion"]
+    assert 0.1 < row["all pixels of the set"] < 1 and len(m["figures"]) == 2

@@ -14,8 +14,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from difiisr_dwt import cli, models, pipeline
+from difiisr_dwt import cli, models
 from difiisr_dwt.batch import RECORDS
 from difiisr_dwt.images import read_image
 from difiisr_dwt.models import ModelConfig, NetworkConfig, RestorationModel, save_model
@@ -318,7 +319,7 @@ def test_help_does_not_wait_for_torch():
 def test_version_and_help():
     assert difiisr("--version")[1] == f"difiisr {cli.difiisr_dwt.__version__}\n"
     code, out, _ = difiisr("upscale", "--help")
-    assert code == 0 and f"(default: {pipeline.TILE})" in " ".join(out.split()), "the default that the help tells"
+    assert code == 0 and "256 (default: auto)" in " ".join(out.split()), "the default that the help tells"
 
 
 def test_run_and_report_pass_on(here, capsys):
@@ -593,7 +594,9 @@ def test_samples_their_mean_and_how_they_differ(here, model):
     alone = np.stack([resolver.upscale(kelvin, 4, seed) for seed in (5, 6, 7)]).astype(np.float64)
     mean, deviation = (read_image(here / "out" / name).native() for name in ("a.tif", "a.deviation.tif"))
     np.testing.assert_allclose(mean, alone.mean(0), atol=1e-3)
-    np.testing.assert_allclose(deviation, alone.std(0, ddof=1), atol=1e-3)
+    variance, known = alone.var(0, ddof=1), np.isfinite(alone[0])  # neighbours help few samples; the masked give nothing
+    near = [gaussian_filter(np.where(known, x, 0.0), 1.0) for x in (variance, np.ones_like(variance))]
+    np.testing.assert_allclose(deviation[known], np.sqrt(near[0] / near[1])[known], atol=1e-3)
     assert np.isnan(deviation).sum() == 16 and np.nanmax(deviation) > 0.01
     (here / "out/a.deviation.tif").unlink()
     assert difiisr(*words)[1] == "1 done, 0 failed\n" and difiisr(*words)[1] == "0 done, 1 skipped, 0 failed\n"
