@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['TrainingError', 'checkpoint_files', 'write_checkpoint', 'read_checkpoint', 'clear_leftovers', 'what_is_left',
-           'sole_writer', 'read_log', 'truncate_log', 'Journal', 'optimizer_tensors', 'fill_optimizer', 'part']
+           'sole_writer', 'read_log', 'truncate_log', 'Journal', 'optimizer_tensors', 'fill_optimizer', 'part',
+           'blend_models']
 
 # %% ../nbs/43_checkpoints.ipynb #e2f7d6fa
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .images import atomic_path
-from .models import write_tensors
+from .models import ModelError, find_model, load_model, save_model, write_tensors
 from .processes import locked
 
 # %% ../nbs/43_checkpoints.ipynb #728112d4
@@ -197,3 +199,24 @@ def part(
 ) -> dict[str, Tensor]:
     "The tensors whose names begin with `prefix.`, without it."
     return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+# %% ../nbs/43_checkpoints.ipynb #b1e4d002
+def blend_models(
+    name_or_path: str | Path,  # a fine-tuned model, see `models.find_model`
+    other: str | Path,  # one that began from the same weights
+    share: float,  # of the other, 0 to 1
+    out: str | Path,  # the safetensors file to write
+) -> None:
+    """Write the model whose weights lie between those of two; what it is for (steps, sampler) is as in the first.
+
+    Raises `ModelError` for models of different networks or latents."""
+    if not 0 <= share <= 1:
+        raise ModelError(f"share must be from 0 to 1, not {share}")
+    (first, info), (second, _) = (load_model(find_model(one)) for one in (name_or_path, other))
+    use = {name: getattr(first.config, name) for name in ("max_steps", "sampler", "temperature", "rho")}
+    if dataclasses.replace(second.config, **use) != first.config:
+        raise ModelError(f"{name_or_path} and {other} are of different networks or latents; blend a model with one that began as it did")
+    tensors = second.state_dict()
+    blended = {k: v.lerp(tensors[k], share) if v.is_floating_point() else v for k, v in first.state_dict().items()}
+    first.load_state_dict(blended)
+    save_model(out, first, {k: v for k, v in info.items() if k != "validation"} | {"blend": {"with": Path(other).stem, "share": share}})

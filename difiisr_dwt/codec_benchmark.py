@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models import VQ_F4
 from .codecs import CODECS, make_codec
 from .profiling import ProfilingError, interleaved, peak_memory
-from .vq import VQModel
+from .vq import VQ_F4, VQModel
 
 # %% auto #0
 __all__ = ['Coder', 'PEERS', 'TARGETS', 'available_peers', 'vq_f4', 'coder_job', 'bench_codecs', 'codec_targets']

@@ -68,7 +68,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', metavar='NAME|PATH', nargs='?', default='compact', help='a shipped model, a file or a run folder (default: %(default)s)')
     parser.add_argument('--out', required=True, metavar='FILE', help='the ONNX file to write; difiisr upscale --model FILE runs it')
     parser.add_argument('--steps', type=int, default=1, metavar='N', help='of the chain, fixed in the file (default: %(default)s)')
-    parser.add_argument('--sampler', choices=('ancestral', 'ddim'), default='ancestral', help='(default: %(default)s)')
+    parser.add_argument('--sampler', choices=('ancestral', 'ddim'), help='(default: what suits the model best)')
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ class Unrolled(nn.Module):
         model.check(steps, sampler)
         if model.details is not None:
             raise ModelError("only models whose codec diffuses all bands, or copies the others, can be exported; this one finds details")
-        schedule = model.schedule.respace(steps)
+        schedule = model.chain(steps, sampler)
         self.model, self.upsample = model, PhaseUpsample(model.config.scale)
         self.told, self.sampler = bool(model.config.kernels), sampler
         self.first = float(schedule.kappa * schedule.sqrt_etas[-1])  # deviation of x_T
@@ -49,7 +49,7 @@ class Unrolled(nn.Module):
         for i in reversed(range(steps)):
             c1, c2, deviation = (float(v[i]) for v in (
                 schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, schedule.posterior_variance.sqrt()))
-            self.rows.append((i, int(schedule.timesteps[i]), float(divisors[i]), c1, c2, deviation))
+            self.rows.append((i, schedule.timesteps[i].item(), float(divisors[i]), c1, c2, deviation))
         self.schedule = schedule
 
     def forward(self, lr: Tensor, noise: Tensor, kernel: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ class Unrolled(nn.Module):
         options = {"kernel": kernel} if self.told else {}
         x = y + self.first * noise[:1]
         for number, (position, t, divisor, c1, c2, deviation) in enumerate(self.rows):
-            x0 = network(x / divisor, torch.full((1,), t, dtype=torch.int64, device=x.device), condition, **options)
+            x0 = network(x / divisor, torch.full((1,), t, device=x.device), condition, **options)
             if self.sampler == "ddim":
                 x = deterministic_step(x0, x, y, position, self.schedule)
             else:
@@ -72,7 +72,7 @@ def export_onnx(
     name_or_path: str | Path,  # see `models.find_model`
     out: str | Path,  # the file to write
     steps: int = 1,
-    sampler: str = "ancestral",
+    sampler: str | None = None,  # ancestral, or ddim; None: with which the model is best used
     opset: int = 17,
 ) -> GraphConfig:
     "Write a model as an ONNX file, whole or not at all; raises `ModelError` for a model or request that cannot be exported."
@@ -83,8 +83,9 @@ def export_onnx(
     model, info = load_model(find_model(name_or_path))
     if model.config.architecture != "compact":
         raise ModelError(f"only the architecture compact can be exported, not {model.config.architecture}")
+    sampler, told = sampler or model.config.sampler, (model.config.temperature, model.config.kernels)
     graph = Unrolled(model, steps, sampler).eval()
-    config = GraphConfig(model.config.scale, model.factor, model.stride, model.noise_channels, steps, sampler, model.config.kernels)
+    config = GraphConfig(model.config.scale, model.factor, model.stride, model.noise_channels, steps, sampler, *told)
     lr = torch.zeros(1, 1, 24, 20)
     inputs: dict[str, Tensor] = {"lr": lr, "noise": torch.zeros(config.draws, *model.noise_shape(graph.upsample(lr))[1:])}
     if graph.told:

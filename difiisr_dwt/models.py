@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import difiisr_dwt
@@ -26,15 +26,16 @@ from .baselines import BASELINES, check_alone, enlarge, make_baseline
 from .codecs import Codec, DetailCodec, make_codec
 from .configuration import ConfigurationError, configure, resolved, unknown_key_message
 from .images import atomic_path
+from .kernel_finder import KernelFinder, finding_loss, likely_kernel
 from .latent_space import LatentSpace, choose_sigma, measure_sigma
 from .light_cnn import LightCNN
 from .losses import latent_mse
 from .pairs import DEGRADATIONS, check_kernels
 from .sampling import Denoiser, sample_ancestral, sample_ddim
-from .schedule import ResShiftSchedule
+from .schedule import ResShiftSchedule, RespacedSchedule
 from .unet import CompactUNet, Moments
 from .unet_swin import SWIN, UNetModelSwin
-from .vq import VQ_F4, VQModel
+from .vq import first_stage
 
 # %% ../nbs/40_models.ipynb #a631d5d3
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ModelConfig:
     scaling: str = "residual"  # unit of x0 per band: deviation of the residual, "std" of the HR, "none"
     condition: str = "latent"  # what the network sees of up(LR): its latent, or "packet", all there is
     kernels: tuple[str, ...] = ()  # of `pairs.DEGRADATIONS`, that compact can be told beside "unknown"; empty: it is told nothing
+    find_kernel: bool = False  # whether it can find out which of them it was, see `kernel_finder`
     band_kappa: tuple[float, ...] = ()  # the chain's κ in each band, over `schedule.kappa`; empty for ones
     schedule: ResShiftSchedule = ResShiftSchedule()
     architecture: str = "compact"  # or "swin", the network of the original; or one of `baselines.BASELINES`, which have no chain
@@ -76,6 +78,9 @@ class ModelConfig:
     baseline: dict = field(default_factory=dict)  # changes to the options of a baseline
     details: DetailConfig = DetailConfig()
     max_steps: int = 0  # that it was trained for, 1 for a distilled model; 0: any of the schedule
+    sampler: str = "ancestral"  # with which it is best used, and at which share of the noise, see `pipeline.SuperResolver.upscale`
+    temperature: float = 1.0
+    rho: float = 1.0  # how much steps then crowd where there is little noise, see `schedule`
 
 
 SAMPLERS: dict[str, Callable] = {"ancestral": sample_ancestral, "ddim": sample_ddim}
@@ -106,16 +111,10 @@ def choose_device(
 def _codec_of(config: ModelConfig, weights: bool) -> Codec:
     if config.codec != "vq_f4":
         return make_codec(config.codec, **config.codec_options)
-    options = VQ_F4 | config.codec_options
-    file = options.pop("weights", None)
-    network = VQModel(**options)
-    if weights and file:
-        try:
-            tensors = {k.removeprefix("first_stage."): v for k, v in load_file(file).items()}
-            network.load_state_dict(tensors)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"{file}: not the first stage that codec_options describes ({str(error).splitlines()[0]})") from None
-    return make_codec("vq_f4", image_channels=1, network=network)
+    try:
+        return make_codec("vq_f4", image_channels=1, network=first_stage(config.codec_options, weights))
+    except OSError as error:
+        raise ModelError(str(error)) from None
 
 
 class RestorationModel(nn.Module):
@@ -129,21 +128,22 @@ class RestorationModel(nn.Module):
         weights: bool = True,  # whether a codec reads its own, as `codec_options.weights` says
     ):
         super().__init__()
-        for key, value, known in (
-            ("condition", config.condition, CONDITIONS),
-            ("kind of details", config.details.kind, DETAILS),
-            ("architecture", config.architecture, ARCHITECTURES),
-        ):
+        choices = ("condition", config.condition, CONDITIONS), ("kind of details", config.details.kind, DETAILS)
+        for key, value, known in (*choices, ("architecture", config.architecture, ARCHITECTURES), ("sampler", config.sampler, SAMPLERS)):
             if value not in known:
                 raise ValueError(unknown_key_message(str(value), known, what=key))
         if config.kernels:
             check_kernels(config.kernels)
             if config.architecture != "compact":
                 raise ValueError(f"kernels can be told to architecture compact, not to {config.architecture}: leave them empty")
+        elif config.find_kernel:
+            raise ValueError("find_kernel is for a model that can be told a kernel: name several as kernels")
         check_alone(config, ModelConfig())
-        self.config = config
+        self.config, self.schedule = config, config.schedule  # the chain that the network was trained on
         rows = [1 + config.kernels.index(name) if name in config.kernels else 0 for name in DEGRADATIONS]
         self.register_buffer("kernel_rows", torch.tensor([*rows, 0]), persistent=False)  # place in `DEGRADATIONS` to what is told
+        config.schedule.respace(1, config.rho)  # refuses what it cannot do
+        self.finder = KernelFinder(len(config.kernels)) if config.find_kernel else None
         codec = _codec_of(config, weights)
         self.latent_space = LatentSpace(codec, sigma, condition_sigma, config.target, config.band_kappa)
         self.condition_space = self.detail_space = self.details = None
@@ -160,11 +160,9 @@ class RestorationModel(nn.Module):
         if config.details.kind != "copy":
             decoder, cascade = config.details.kind == "decoder", config.details.kind == "cascade"
             self.detail_space = LatentSpace(self._beside(codec, "pixel") if decoder else DetailCodec(codec))
-            channels = self.detail_space.codec.channels
-            seen += codec.channels + channels
+            seen += codec.channels + (channels := self.detail_space.codec.channels)
             if cascade:
-                options = dataclasses.asdict(config.details.network)
-                self.details = CompactUNet(channels, **options, condition_channels=seen)
+                self.details = CompactUNet(channels, **dataclasses.asdict(config.details.network), condition_channels=seen)
             else:
                 self.details = LightCNN(seen, channels, config.details.width, config.details.layers)
 
@@ -173,10 +171,9 @@ class RestorationModel(nn.Module):
         "A lossless codec with a latent of the same size."
         return make_codec(name, level=codec.factor.bit_length() - 1)
 
-    @property
-    def schedule(self) -> ResShiftSchedule:
-        "The chain that the network was trained on."
-        return self.config.schedule
+    def chain(self, steps: int, sampler: str) -> RespacedSchedule:
+        "The schedule through so many steps; `rho` belongs to the sampler that suits the model."
+        return self.schedule.respace(steps, self.config.rho if sampler == self.config.sampler else 1.0)
 
     @property
     def max_steps(self) -> int:
@@ -233,9 +230,16 @@ class RestorationModel(nn.Module):
         if not self.config.kernels:
             return None
         if not isinstance(kernel, Tensor):
-            place = DEGRADATIONS.index(kernel) if kernel in DEGRADATIONS else -1
-            kernel = torch.full((images,), place, device=self.kernel_rows.device)
+            kernel = torch.full((images,), DEGRADATIONS.index(kernel) if kernel in DEGRADATIONS else -1, device=self.kernel_rows.device)
         return self.kernel_rows[kernel]
+
+    def find_kernel(self, lr: Tensor) -> str:
+        "How an image was made small that pieces `[B, 1, h, w]` are given of: one of `kernels`, unknown where this model cannot tell."
+        return (None if self.finder is None else likely_kernel(self.finder(lr), self.config.kernels)) or UNKNOWN
+
+    def finding_loss(self, lr: Tensor, kernel: Kernel) -> Tensor:
+        "How far off `find_kernel` is, a scalar; for kernels as in `told`."
+        return finding_loss(self.finder(lr), self.told(kernel, len(lr)) - 1)
 
     def denoiser(
         self,
@@ -255,9 +259,7 @@ class RestorationModel(nn.Module):
         options = {key: value for key, value in {"kernel": told, "moments": moments}.items() if value is not None}
         return lambda x, t: self.network(x, t, condition, **options)
 
-    def predict(
-        self, x0: Tensor, up: Tensor, t: Tensor, noise: Tensor, lr: Tensor | None = None, kernel: Kernel = None
-    ) -> Tensor:
+    def predict(self, x0: Tensor, up: Tensor, t: Tensor, noise: Tensor, lr: Tensor | None = None, kernel: Kernel = None) -> Tensor:
         "x0 as the network sees it from step t of the forward chain: what training compares with x0."
         x_t = self.schedule.q_sample(x0, self.latent_space.prior(up), t, noise)
         return self.denoiser(up, lr, kernel)(self.schedule.scale_input(x_t, t), t)
@@ -296,7 +298,7 @@ class RestorationModel(nn.Module):
     ) -> Tensor:  # SR, [B, 1, H, W], not clipped
         "Run the reverse chain; raises `ModelError` as `check` does."
         self.check(steps, sampler)
-        denoise, schedule, channels = self.denoiser(up, lr, kernel, moments), self.schedule.respace(steps), self.latent_space.codec.channels
+        denoise, schedule, channels = self.denoiser(up, lr, kernel, moments), self.chain(steps, sampler), self.latent_space.codec.channels
 
         def noise(part: slice) -> Callable[[], Tensor] | None:
             return (lambda: noise_sampler()[:, part]) if noise_sampler else None
@@ -311,9 +313,8 @@ class RestorationModel(nn.Module):
         seen = self._seen_by_details(x0, up)
         if self.config.details.kind == "cascade":
             seen = torch.cat(seen, 1)
-            details = SAMPLERS[sampler](
-                lambda x, t: self.details(x, t, seen, moments=moments), self.detail_space.prior(up), schedule, noise(slice(channels, None))
-            )
+            details = SAMPLERS[sampler](lambda x, t: self.details(x, t, seen, moments=moments), self.detail_space.prior(up), schedule,
+                                        noise(slice(channels, None)))
         else:
             details = self.details(*seen)
         if self.config.details.kind == "decoder":
@@ -385,10 +386,8 @@ def find_model(
     known, path = available_models(), Path(name_or_path)
     if str(name_or_path) in known:
         return known[str(name_or_path)]
-    if path.is_dir():
-        if (path / "model.safetensors").is_file():
-            return path / "model.safetensors"
-        raise ModelError(f"{path}: no model.safetensors in this folder; name the folder of a finished training")
+    if path.is_dir() and not (path := path / "model.safetensors").is_file():
+        raise ModelError(f"{path.parent}: no model.safetensors in this folder; name the folder of a finished training")
     if path.is_file():
         return path
     names = f"shipped models are {', '.join(map(repr, known))}" if known else "no models are shipped"

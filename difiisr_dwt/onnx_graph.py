@@ -53,6 +53,7 @@ class GraphConfig:
     noise_channels: int
     steps: int  # of the chain, unrolled
     sampler: str
+    temperature: float = 1.0  # at which the model is best used
     kernels: tuple[str, ...] = ()  # that the network can be told; `kernel` is 0 for unknown, else one more than the place here
 
     @property

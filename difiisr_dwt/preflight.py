@@ -190,10 +190,10 @@ def check_reach(
     layers = {name: module.weight for module, name in order}
     reach, norms, silent = {}, {}, set(layers)
     for part, value in parts.items():
-        of = {n: w for n, w in layers.items() if n.startswith("details." if part == "details" else "network.")}
+        of = {n: w for n, w in layers.items() if n.startswith({"details": "details.", "kernel": "finder."}.get(part, "network."))}
         names = [n for n, w in of.items() if w.ndim > 2] or list(of)
         if not names:
-            raise PreflightError(f"the part {part!r} of the loss meets no layer that learns; look at 'frozen' and 'model.details'")
+            raise PreflightError(f"the part {part!r} of the loss meets no layer that learns; look at 'frozen', 'model.details' and 'model.find_kernel'")
         found = torch.autograd.grad(value, list(of.values()), retain_graph=True, allow_unused=True) if value.requires_grad else [None] * len(of)
         norms = {n: 0.0 if g is None else g.norm().item() for n, g in zip(of, found, strict=True)}
         silent -= {n for n, norm in norms.items() if norm > 0}

@@ -67,7 +67,7 @@ def _walk(denoise: Denoiser, x: Tensor, schedule: Schedule, step: Callable, call
     timesteps = schedule.timesteps.tolist()
     for i, position in enumerate(reversed(range(len(schedule)))):
         here = torch.full((len(x),), position, device=x.device)
-        told = torch.full_like(here, timesteps[position])  # a respaced chain keeps the network's own count
+        told = torch.full((len(x),), timesteps[position], device=x.device)  # a respaced chain keeps the network's own count
         x0 = denoise(schedule.scale_input(x, here), told)
         if callback: callback({'i': i, 't': timesteps[position], 'x_t': x, 'x0': x0})
         x = step(x0, x, position)

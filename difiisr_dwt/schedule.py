@@ -99,16 +99,23 @@ class _Chain:
 
     def respace(self,
                 n: int, # how many steps to keep
+                rho: float = 1.0, # above 1, the steps of a long chain crowd where there is little noise
                 ) -> 'RespacedSchedule':
         """The same chain through `n` of its steps; `timesteps` tells the network which ones.
 
         Keeps the last step of each of `n` equal parts, hence always the very last: of 15 steps, n = 4 keeps
-        2, 6, 10, 14 and n = 1 keeps 14. Raises ValueError if the chain has fewer than `n` steps."""
+        2, 6, 10, 14 and n = 1 keeps 14. With rho, steps t_i = (T - 1) ((i + 1) / n)^max(1, rho n / T) between those of the
+        chain, after arXiv 2206.00364, equation 5. Raises ValueError if the chain has fewer than `n` steps, or for rho below 1."""
         total = len(self)
         if not _is_count(n) or n > total:
             raise ValueError(f'the chain has {total} steps, so it can be respaced to 1 to {total} of them, not to {n}')
-        positions = [(k + 1) * total // n - 1 for k in range(n)]
         full = self.full if isinstance(self, RespacedSchedule) else self
+        if not 1 <= rho < math.inf: raise ValueError(f'rho must be 1 or more, not {rho}')
+        if rho > 1 and n > 1:
+            if full is not self: raise ValueError('a chain that has been respaced is not spaced by rho again')
+            bend = max(1, rho * n / total)
+            return RespacedSchedule(full, tuple((total - 1) * ((k + 1) / n) ** bend for k in range(n)))
+        positions = [(k + 1) * total // n - 1 for k in range(n)]
         return RespacedSchedule(full, tuple(int(self.timesteps[p]) for p in positions))
 
 
@@ -152,8 +159,10 @@ class ResShiftSchedule(_Chain):
     @property
     def _levels(self) -> np.ndarray:
         if self.steps == 1: return np.array([self.etas_end], dtype=np.float64)  # the way back starts there
-        time = np.linspace(0, 1, self.steps) ** self.power
-        return self._start * (self.etas_end / self._start) ** time
+        return self._level(np.linspace(0, 1, self.steps))
+
+    def _level(self, time: np.ndarray) -> np.ndarray: # time 0 being the first step, 1 the last
+        return self._start * (self.etas_end / self._start) ** (time ** self.power)
 
     @property
     def timesteps(self) -> Tensor:
@@ -165,7 +174,7 @@ class ResShiftSchedule(_Chain):
 class RespacedSchedule(_Chain):
     "Some steps of a chain, with its noise levels there; made by `respace`."
     full: ResShiftSchedule # the chain that the network was trained on
-    kept: tuple[int, ...] # its steps that remain, rising
+    kept: tuple[float, ...] # its steps that remain, or such between them, rising
 
     @property
     def steps(self) -> int: return len(self.kept)
@@ -174,9 +183,11 @@ class RespacedSchedule(_Chain):
     def kappa(self) -> float: return self.full.kappa
 
     @property
-    def _levels(self) -> np.ndarray: return self.full._levels[list(self.kept)]
+    def _levels(self) -> np.ndarray:
+        if isinstance(self.kept[0], int): return self.full._levels[list(self.kept)]
+        return self.full._level(np.array(self.kept) / (self.full.steps - 1))
 
     @property
     def timesteps(self) -> Tensor:
-        "What the network is told at each position, int64 [n]: the step's number in the full chain"
-        return torch.tensor(self.kept, dtype=torch.int64)
+        "What the network is told at each position, [n]: the step's number in the full chain, int64; float32 for such between"
+        return torch.tensor(self.kept)

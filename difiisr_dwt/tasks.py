@@ -71,6 +71,7 @@ class Batch:
     only: bool # there is one input
     inputs: set[tuple[int, int]] # device and inode of each
     ranges: dict[Path, tuple[float, float]] = field(default_factory=dict) # of the folders whose images are frames of one scene
+    kernels: dict[Path, str] = field(default_factory=dict) # how inputs were made small where nobody said it; of a folder whose images are frames of one scene, the first of them
     deviations: dict[Path, tuple[float, str]] = field(default_factory=dict) # of consistent results, and in which unit
     taken: set[str] = field(default_factory=set)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -79,8 +80,9 @@ class Batch:
 
     def shared(self, job: Job) -> dict[str, Any]:
         "What an input has in common with the others of its folder, as `upscale_image` is told."
-        found = self.ranges.get(job.source.parent)
-        return {'value_range': found} if found and job.kind not in ('video', 'stdin') else {}
+        found, kernel = self.ranges.get(job.source.parent), self.kernels.get(job.source.parent)
+        if not found or job.kind in ('video', 'stdin'): return {}
+        return {'value_range': found} | ({'kernel': kernel} if kernel else {})
 
     def count(self, state: str) -> int:
         "How many inputs are in a state."
@@ -196,7 +198,7 @@ def work(task: Task, batch: Batch, only: bool) -> None:
         if task.job.kind == 'video':
             _film(task, batch, callback)
             return
-        options = batch.options | batch.shared(task.job)
+        options = _told(task, task.content, batch.options | batch.shared(task.job), batch)
         if batch.arguments.samples == 1: result, spread = batch.resolver.upscale_image(task.content, callback=callback, **options), None
         else: result, spread = batch.resolver.upscale_samples(task.content, batch.arguments.samples, callback=callback, **options)
         _measure(task, task.content, result, batch)
@@ -226,7 +228,7 @@ def _write_standard(data: bytes) -> None:
 
 def _measure(task: Task, image: Any, result: Any, batch: Batch) -> None:
     "Note how far a consistent result, made small again, is from its input; of a film, the worst frame."
-    from difiisr_dwt.pipeline import deviation_from
+    from difiisr_dwt.consistency import deviation_from
 
     if not batch.options.get('consistent'): return
     unit = 'counts' if image.dtype.kind != 'f' else image.metadata.get('unit', 'of its own unit')
@@ -235,6 +237,15 @@ def _measure(task: Task, image: Any, result: Any, batch: Batch) -> None:
     if unit == 'counts' and error > .5 >= before:
         _say(f"{task.job.source}: made small again by {batch.options['kernel']}, its result is {error:.3g} counts off where it is farthest, "
              'more than the half promised; perhaps it was made small in another way')
+
+
+def _told(task: Task, image: Any, options: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    "The options with a kernel that was found, where nobody said it, and a note of it."
+    from difiisr_dwt.models import UNKNOWN
+
+    if options['kernel'] == UNKNOWN and (found := batch.resolver.find_kernel(image)) != UNKNOWN: options = options | {'kernel': found}
+    if batch.options['kernel'] == UNKNOWN != options['kernel']: batch.kernels[task.job.source] = options['kernel']
+    return options
 
 
 def _film(task: Task, batch: Batch, callback: Callable[[int, int], None]) -> None:
@@ -246,7 +257,8 @@ def _film(task: Task, batch: Batch, callback: Callable[[int, int], None]) -> Non
         for number, frame in enumerate(read_frames(task.content)):
             callback(number, total)
             image = ThermalImage.from_native(frame)
-            result = batch.resolver.upscale_image(image, value_range=shared, **batch.options)
+            if number == 0: options = _told(task, image, batch.options, batch)
+            result = batch.resolver.upscale_image(image, value_range=shared, **options)
             _measure(task, image, result, batch)
             write(result.native())
         callback(total, total)

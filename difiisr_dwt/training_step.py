@@ -65,16 +65,19 @@ class TrainingLoss(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:  # weighted parts of the loss, scalars; x0 as predicted
         "The loss of a batch, part by part."
         model, config, (teacher,) = self.model, self.config, self.beside
-        space, extra = model.latent_space, {}
+        space, extra = model.latent_space, {} if model.finder is None else {"kernel": model.finding_loss(lr, kernel)}
+        if config.frozen and model.details is None:
+            return extra, up  # nothing else learns
         kind = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.precision)
         first, second = noise.split([space.codec.channels, noise.shape[1] - space.codec.channels], 1)
         x0, step = space.encode(hr, up), t[:, 0]
         with torch.autocast(hr.device.type, kind, enabled=kind is not None):
             if teacher is not None:
                 options = config.distillation
-                prediction, x0, step, extra = attempt(
+                prediction, x0, step, more = attempt(
                     model, teacher, hr, up, first, options.steps, options.inverse, options.consistency, lr, kernel
                 )
+                extra |= more
             else:
                 prediction = model.predict(x0, up, step, first, lr, kernel)
             if model.details is not None:
@@ -216,8 +219,9 @@ def initial_model(
             _take_over(model, config)
     for part_, trained in ((model, False), (model.network, not config.frozen), (model.latent_space.codec, config.train_codec)):
         part_.requires_grad_(trained)
-    if model.details is not None:
-        model.details.requires_grad_(True)
+    for part_ in (model.details, model.finder):
+        if part_ is not None:
+            part_.requires_grad_(True)
     return model
 
 
@@ -228,9 +232,9 @@ def _pairs(config: TrainConfig, dataset: PairDataset, count: int) -> Iterator[tu
 
 
 def _take_over(model: RestorationModel, config: TrainConfig) -> None:
-    "Fill a model from that of `initial`, which may lack the details and may not have been told kernels."
+    "Fill a model from that of `initial`, which may lack the details and the finder, and may not have been told kernels."
     other, _ = load_model(find_model(config.initial))
-    same = {name: getattr(config.model, name) for name in ("details", "max_steps", *([] if other.config.kernels else ["kernels"]))}
+    same = {name: getattr(config.model, name) for name in ("details", "max_steps", "sampler", "temperature", "rho", *([] if other.config.kernels else ["kernels"]), *([] if other.config.find_kernel else ["find_kernel"]))}
     if dataclasses.replace(other.config, **same) != config.model:
         raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
     if other.config.details not in (config.model.details, DetailConfig()):
@@ -241,7 +245,7 @@ def _take_over(model: RestorationModel, config: TrainConfig) -> None:
 def _teacher_of(model: RestorationModel, config: TrainConfig, device: torch.device | str = "cpu") -> RestorationModel:
     "The teacher of a distillation, which speaks of the same latent."
     teacher = load_model(find_model(config.distillation.teacher), device)[0]
-    own = {name: getattr(model.config, name) for name in ("architecture", "network", "swin", "max_steps")}
+    own = {name: getattr(model.config, name) for name in ("architecture", "network", "swin", "max_steps", "sampler", "temperature", "rho")}
     if dataclasses.replace(teacher.config, **own) != model.config:
         raise TrainingError(
             f"{config.distillation.teacher}: latent and chain of the teacher differ from 'model'; take over {resolved(teacher.config)}"

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -31,7 +32,9 @@ def restoration_arguments(parser: argparse.ArgumentParser) -> None:
     "What decides the pixels of a result, beside the model."
     parser.add_argument('--steps', type=_whole(1), default=1, metavar='N', help='1: most faithful … 15: most lifelike (default: %(default)s)')
     parser.add_argument('--seed', type=_whole(0), default=0, metavar='S', help='of the noise (default: %(default)s)')
-    parser.add_argument('--sampler', default='ancestral', metavar='NAME', help='ancestral, or ddim: with no noise of its own (default: %(default)s)')
+    parser.add_argument('--sampler', metavar='NAME', help='ancestral, or ddim: with no noise of its own (default: what suits the model best)')
+    parser.add_argument('--temperature', type=float, metavar='T',
+                        help='of the noise that steps start from: 1 draws a sample, less is nearer to the mean of all (default: what suits the model best)')
     parser.add_argument('--tile', type=_tile, metavar='N',
                         help='work on N×N input pixels at once, 64 or more; less takes less memory, 0 is the whole image, auto the whole where memory '
                              'allows (some 1.5 kB per input pixel), else 256 (default: auto)')
@@ -39,7 +42,7 @@ def restoration_arguments(parser: argparse.ArgumentParser) -> None:
                         help='the mean of N samples of several steps, and beside each result how they differ, in the unit of the input: <stem>.deviation.tif '
                              '(default: %(default)s)')
     parser.add_argument('--kernel', default='unknown', metavar='NAME',
-                        help='how the images were made small: bicubic (Pillow), cv2-cubic, matlab, box, or unknown (default: %(default)s)')
+                        help='how the images were made small: bicubic (Pillow), cv2-cubic, matlab, box, or unknown, which robust then finds out (default: %(default)s)')
     parser.add_argument('--consistent', action='store_true',
                         help='results that the kernel makes into their inputs again, to half a count; needs --kernel')
 
@@ -48,7 +51,7 @@ def restoration_options(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]: # keywords of `SuperResolver.check` and `upscale_image`
     "The same as Python says it."
-    return {'steps': arguments.steps, 'seed': arguments.seed, 'sampler': arguments.sampler,
+    return {'steps': arguments.steps, 'seed': arguments.seed, 'sampler': arguments.sampler, 'temperature': arguments.temperature,
             'tile': arguments.tile, 'kernel': arguments.kernel, 'consistent': arguments.consistent}
 
 
@@ -103,7 +106,8 @@ def _failed(job: Job, error: BaseException, batch: Batch, start: float) -> None:
 def _done(task: Task, seconds: float, batch: Batch) -> None:
     "Note, and count."
     error, unit = batch.deviations.get(task.job.source, (None, None))
-    batch.rows.append(_row(task.job, 'done', task, seconds) | ({'deviation': error, 'deviation_unit': unit} if unit else {}))
+    told = {'kernel_found': batch.kernels[task.job.source]} if task.job.source in batch.kernels else {}
+    batch.rows.append(_row(task.job, 'done', task, seconds) | told | ({'deviation': error, 'deviation_unit': unit} if unit else {}))
     if task.path: batch.records.add(task.path, task.made, preview=batch.arguments.preview)
 
 
@@ -188,9 +192,10 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
         return None
 
 
-def _shared_ranges(jobs: list[Job]) -> dict[Path, tuple[float, float]]:
-    "One value range for the frames of each folder, read once for it; those that cannot be read are told in their turn."
+def _share(jobs: list[Job], batch: Batch) -> None:
+    "One value range and one kernel for the frames of each folder, read once for it; those that cannot be read are told in their turn."
     from difiisr_dwt.images import ImageError, read_image
+    from difiisr_dwt.models import UNKNOWN
     from difiisr_dwt.pipeline import sequence_range
 
     def frames(folder: Path) -> Iterator[Any]:
@@ -199,12 +204,11 @@ def _shared_ranges(jobs: list[Job]) -> dict[Path, tuple[float, float]]:
             try: yield read_image(job.source)
             except ImageError: continue
 
-    ranges = {}
     for folder in dict.fromkeys(job.source.parent for job in jobs):
-        if next(frames(folder), None) is None: continue
-        try: ranges[folder] = sequence_range(frames(folder))
+        if (first := next(frames(folder), None)) is None: continue
+        try: batch.ranges[folder] = sequence_range(frames(folder))
         except ImageError as error: raise ImageError(f'{folder}: {error}, or leave --sequence out') from None
-    return ranges
+        if batch.options['kernel'] == UNKNOWN and (found := batch.resolver.find_kernel(first)) != UNKNOWN: batch.kernels[folder] = found
 
 
 def _contradiction(arguments: argparse.Namespace, jobs: int) -> str | None:
@@ -256,7 +260,7 @@ def upscale(
     inputs = {found for found in (identity(job.source) for job in jobs if job.kind != 'stdin') if found}
     batch = Batch(resolver, options, _settings(arguments, options) if jobs else {}, arguments, Records.read(folder), len(jobs) == 1, inputs)
     if arguments.sequence and jobs:
-        try: batch.ranges |= _shared_ranges(jobs)
+        try: _share(jobs, batch)
         except ImageError as error:
             _say(error)
             return 2
@@ -281,6 +285,8 @@ def _tell(batch: Batch, seconds: float) -> bool:
     line += ''.join(f'; made small again, they are the inputs to {error:.2g} {unit}' for unit, error in worst.items())
     summary = {'done': batch.count('done'), 'skipped': skipped, 'failed': batch.count('failed'), 'seconds': round(seconds, 3),
                'model': arguments.model, 'options': batch.options, 'files': batch.rows} | ({'planned': planned} if arguments.dry_run else {})
+    kernels = Counter(row['kernel_found'] for row in batch.rows if 'kernel_found' in row)
+    if kernels: line += f"; made small, as it seems, by {', '.join(f'{name} ({times})' for name, times in kernels.most_common())}"
     if arguments.json == STANDARD: print(json.dumps(summary), flush=True)
     elif arguments.out != STANDARD: print(line, flush=True)
     if arguments.json in (None, STANDARD): return True

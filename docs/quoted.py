@@ -185,11 +185,19 @@ def costs(system: str = "original") -> dict[str, Any]:
 
 
 @functools.cache
+def _header(model: str) -> dict[str, Any]:
+    with open(ROOT / f"difiisr_dwt/weights/{model}.safetensors", "rb") as file:
+        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+
+
+def configured(key: str, model: str = "compact") -> Any:
+    """What a shipped model's configuration says of itself."""
+    return json.loads(_header(model)["__metadata__"]["difiisr_dwt"])["config"][key]
+
+
 def parameters(model: str = "compact") -> int:
     """Parameters of a shipped model's network, as its file's header tells."""
-    with open(ROOT / f"difiisr_dwt/weights/{model}.safetensors", "rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__" and name.startswith("network.")]
+    shapes = [entry["shape"] for name, entry in _header(model).items() if name != "__metadata__" and name.startswith("network.")]
     return sum(functools.reduce(lambda a, b: a * b, shape, 1) for shape in shapes)
 
 
@@ -258,7 +266,7 @@ def page_name(run: Published) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.globals.update(metric=metric, table=table, value=value, psnr=psnr, lpips=lpips, results_table=results_table,
-                               structure_table=structure_table, costs=costs, parameters=parameters)
+                               structure_table=structure_table, costs=costs, parameters=parameters, configured=configured)
     return environment
 
 

@@ -179,7 +179,8 @@ def test_usage(words, said):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--steps", "16"], "1 to 15"), (["--model", "compakt"], "did you mean 'compact'"), (["--model", "x.safetensors"], "x.safetensors"),
-    (["--model", "a.png"], "a.png"), (["--sampler", "dim"], "'ddim'"), (["--tile", "9"], "at least 64"), (["--device", "abacus"], "abacus"),
+    (["--model", "a.png"], "a.png"), (["--sampler", "dim"], "'ddim'"), (["--temperature", "-1"], "from 0 to 2"),
+    (["--tile", "9"], "at least 64"), (["--device", "abacus"], "abacus"),
 ])  # fmt: skip
 def test_impossible_requests(here, model, monkeypatch, capsys, words, said):
     monkeypatch.setattr(models, "available_models", lambda: {"compact": model / "model.safetensors"})

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from difiisr_dwt.cli import main
 from difiisr_dwt.codecs import make_codec
-from difiisr_dwt.consistency import Projection, back_project, consistent_counts, deviation, project
+from difiisr_dwt.consistency import Projection, back_project, consistent_counts, deviation, deviation_from, project
 from difiisr_dwt.degradations import KERNELS, crop_to_multiple, downsample, resize_matrix, upsample
 from difiisr_dwt.guidance import Guidance
 from difiisr_dwt.images import ImageError, ThermalImage, find_images, read_image, shared_data, write_image
 from difiisr_dwt.latent_space import LatentSpace
 from difiisr_dwt.models import ModelConfig, ModelError, NetworkConfig, RestorationModel, available_models, save_model
-from difiisr_dwt.pipeline import SuperResolver, deviation_from, sequence_range
+from difiisr_dwt.pipeline import SuperResolver, sequence_range
 from difiisr_dwt.sampling import sample_ancestral, sample_ddim
 from difiisr_dwt.schedule import ResShiftSchedule
 

@@ -13,7 +13,9 @@ from difiisr_dwt.training import train
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("file, name", [("release", "compact"), ("release", "robust"), ("release", "compact-1step"), ("fine_tune", "")])
+@pytest.mark.parametrize("file, name", [
+    ("release", "compact"), ("release", "robust-finder"), ("release", "robust"), ("release", "compact-1step"), ("fine_tune", ""),
+])  # fmt: skip
 def test_goes_on_from_shipped_weights(tmp_path, file, name):
     """Two iterations of each with its own options: what is told, limited and weighed as it says, and the weights move."""
     runs = load_experiment(ROOT / f"nbs/experiments/{file}.yaml")
@@ -25,9 +27,9 @@ def test_goes_on_from_shipped_weights(tmp_path, file, name):
     found = train(config, tmp_path)
     assert found["psnr_1"] > found["psnr_bicubic"], "the shipped weights are where it began"
     model, info = load_model(tmp_path / "model.safetensors")
-    assert info["training"]["initial"] == "compact" and config.error_of == "image"
+    assert info["training"]["initial"] == "compact" and (config.error_of == "image") != config.frozen
     before = load_model(find_model("compact"))[0].network.first.weight
-    assert not torch.equal(model.network.first.weight, before)
-    if file == "release":  # and the shipped file is of that kind
+    assert torch.equal(model.network.first.weight, before) == config.frozen
+    if file == "release" and not config.frozen:  # and the shipped file is of that kind
         shipped = load_model(find_model(name))[0]
         assert shipped.config == model.config and shipped.max_steps == model.max_steps

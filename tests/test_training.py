@@ -162,3 +162,25 @@ def test_kernels_are_withheld_as_often_as_said(monkeypatch, share, expected):
     batch = next(iter(batches(dataset, config.batch, 0, 1)))
     training_step(state, batch, config)
     assert set(seen) == expected and len(seen) == 8
+
+
+def test_a_finder_learns_alone_and_beside(tmp_path):
+    """Frozen, the network stays and the finder learns, from a model without one; else both learn, and a finder is taken over as it is."""
+    told = CONFIG["model"] | {"kernels": ["bicubic", "box"]}
+    common = CONFIG | {"kernel": ["bicubic", "box"], "kernel_unknown": 0.0, "iterations": 4, "validate_every": 4}
+    train(configure(TrainConfig, common | {"model": told}), tmp_path / "plain")
+    finds = common | {"model": told | {"find_kernel": True}, "initial": str(tmp_path / "plain" / "model.safetensors"), "best": "psnr_unknown"}
+    metrics = train(configure(TrainConfig, finds | {"frozen": True}), tmp_path / "alone")
+    assert {"psnr_unknown", "lpips_unknown"} <= metrics.keys()
+    plain, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "alone"))
+    assert all(torch.equal(alone[name], value) for name, value in plain.items()), "all but the finder is what it was"
+    torch.manual_seed(0)
+    config = configure(TrainConfig, finds | {"initial": str(tmp_path / "alone" / "model.safetensors")})
+    model = initial_model(config, training_data(config))
+    assert torch.equal(model.finder.last.weight, alone["finder.last.weight"])
+    both = train(config, tmp_path / "both") and load_file(tmp_path / "both" / "model.safetensors")
+    assert not torch.equal(both["finder.last.weight"], alone["finder.last.weight"])
+    assert not torch.equal(both["network.first.weight"], alone["network.first.weight"])
+    for wrong, word in (({"frozen": True, "model": told}, "find_kernel"), ({"best": "psnr_unknown", "model": told}, "find_kernel")):
+        with pytest.raises(TrainingError, match=word):
+            train(configure(TrainConfig, common | {"initial": finds["initial"]} | wrong), tmp_path / "wrong")
