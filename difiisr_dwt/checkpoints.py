@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .images import atomic_path
-from .models import ModelError, find_model, load_model, save_model, write_tensors
+from .models import USE, ModelError, find_model, load_model, save_model, write_tensors
 from .processes import locked
 
 # %% ../nbs/43_checkpoints.ipynb #728112d4
@@ -213,7 +213,7 @@ def blend_models(
     if not 0 <= share <= 1:
         raise ModelError(f"share must be from 0 to 1, not {share}")
     (first, info), (second, _) = (load_model(find_model(one)) for one in (name_or_path, other))
-    use = {name: getattr(first.config, name) for name in ("max_steps", "sampler", "temperature", "rho")}
+    use = {name: getattr(first.config, name) for name in USE}
     if dataclasses.replace(second.config, **use) != first.config:
         raise ModelError(f"{name_or_path} and {other} are of different networks or latents; blend a model with one that began as it did")
     tensors = second.state_dict()

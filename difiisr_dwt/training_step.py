@@ -27,7 +27,7 @@ from .distillation import attempt
 from .distributed import Accelerator, lighten, make_accelerator, prepared, share, whole, without_sync
 from .latent_space import LatentSpace
 from .losses import discriminator_loss, r1_penalty, step_weights
-from .models import DetailConfig, RestorationModel, choose_device, find_model, load_model
+from .models import USE, DetailConfig, RestorationModel, choose_device, find_model, load_model
 from .objective import Term, draw_grain, gradient_norms, make_terms, objective, shares
 from .processes import Stop
 from .train_config import TrainConfig, learning_rate_factor
@@ -234,7 +234,7 @@ def _pairs(config: TrainConfig, dataset: PairDataset, count: int) -> Iterator[tu
 def _take_over(model: RestorationModel, config: TrainConfig) -> None:
     "Fill a model from that of `initial`, which may lack the details and the finder, and may not have been told kernels."
     other, _ = load_model(find_model(config.initial))
-    same = {name: getattr(config.model, name) for name in ("details", "max_steps", "sampler", "temperature", "rho", *([] if other.config.kernels else ["kernels"]), *([] if other.config.find_kernel else ["find_kernel"]))}
+    same = {name: getattr(config.model, name) for name in ("details", *USE, *([] if other.config.kernels else ["kernels"]), *([] if other.config.find_kernel else ["find_kernel"]))}
     if dataclasses.replace(other.config, **same) != config.model:
         raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
     if other.config.details not in (config.model.details, DetailConfig()):
@@ -245,7 +245,7 @@ def _take_over(model: RestorationModel, config: TrainConfig) -> None:
 def _teacher_of(model: RestorationModel, config: TrainConfig, device: torch.device | str = "cpu") -> RestorationModel:
     "The teacher of a distillation, which speaks of the same latent."
     teacher = load_model(find_model(config.distillation.teacher), device)[0]
-    own = {name: getattr(model.config, name) for name in ("architecture", "network", "swin", "max_steps", "sampler", "temperature", "rho")}
+    own = {name: getattr(model.config, name) for name in ("architecture", "network", "swin", *USE)}
     if dataclasses.replace(teacher.config, **own) != model.config:
         raise TrainingError(
             f"{config.distillation.teacher}: latent and chain of the teacher differ from 'model'; take over {resolved(teacher.config)}"
