@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import Item, cache_folder, cached_frames, file_marks, source_hash
-from .degradations import upsample
+from .degradations import downsample, upsample
 from .images import ImageError, normalize
-from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, check_kernels, degrade, find_frames, read_pairs, refuse
+from .pairs import CHAINS, DEGRADATIONS, DataError, Frame, Pair, check_kernels, degrade, displayed_range, find_frames, read_pairs, refuse
+from .sensor import draw_zoom, other_camera
 
 # %% ../nbs/41_datasets.ipynb #501208b4
 _all_ = ["DataError", "Pair", "degrade", "read_pairs"]  # of whole frames, for those who train and prepare
@@ -45,7 +46,7 @@ def interleave(
 # %% ../nbs/41_datasets.ipynb #24a603f9
 MARGIN = 2  # LR pixels that a bicubic kernel sees beyond a crop
 CONTEXT = 2  # LR pixels more, for the blur of a chain
-_FORMAT = 1  # of what is cached; another number, other files
+_FORMAT = 2  # of what is cached; another number, other files
 
 
 def _items(frames: Sequence[Frame], kinds: Sequence[str], scale: int) -> Iterator[dict[str, Item]]:
@@ -62,7 +63,7 @@ def _items(frames: Sequence[Frame], kinds: Sequence[str], scale: int) -> Iterato
             items = {}
             for kind in kinds:
                 if kind == "hr":
-                    items[kind] = hr.native(), {"name": frame.name}
+                    items[kind] = hr.native(), {"name": frame.name, "seen": displayed_range(hr)}
                 elif kind in CHAINS:  # the range of a chain's LR is a kernel's: noise and compression hardly change it
                     value_range = Pair(frame.name, *degrade(hr, "bicubic", scale)).native_range
                     items[kind] = np.empty(0, np.uint8), {"range": value_range, "chain": CHAINS[kind].seen(hr)}
@@ -102,14 +103,17 @@ class PairDataset(Dataset):
         weights: Sequence[float] = (),  # shares of the sources; () draws every frame of all equally often
         brightness: float = 0.0,  # largest shift of HR and LR alike, in units of [-1, 1]
         contrast: float = 0.0,  # largest relative change of contrast, 0 ≤ contrast < 1
+        cameras: float = 0.0,  # share of the samples that another camera is made to take before LR is made, see `sensor.other_camera`
         cache: str | Path = "",  # folder of mapped files, 'auto' for the user's own (see `cache_folder`), '' for memory
     ):
         if crop % scale:
             raise DataError(f"crop {crop} is not a multiple of the scale {scale}")
         if brightness < 0 or not 0 <= contrast < 1:
             raise DataError(f"brightness {brightness} must be at least 0, contrast {contrast} from 0 to below 1")
+        if not 0 <= cameras <= 1:
+            raise DataError(f"cameras must be a share from 0 to 1, not {cameras}")
         self.kernels, self.scale, self.crop, self.seed, self.augment = check_kernels(kernel), scale, crop, seed, augment
-        self.length, self.brightness, self.contrast = length, brightness, contrast
+        self.length, self.brightness, self.contrast, self.cameras = length, brightness, contrast, cameras
         self.shares = _shares(weights, len(sources))
         self.items: list[dict[str, Sequence[Item]]] = []  # of each source: by kind, one per frame, see `_items`
         self.groups: list[list[tuple[int, int]]] = []  # what is drawn evenly: number of the source, and of the frame in it
@@ -129,6 +133,8 @@ class PairDataset(Dataset):
         found = find_frames(source, self.kernels, self.scale)
         made = [kernel for kernel in DEGRADATIONS if kernel in self.kernels]
         hr, lr = ([getattr(f, part) for f in found if isinstance(getattr(f, part), Path)] for part in ("hr", "lr"))
+        if lr and self.cameras:
+            raise DataError(f"{source}: has LR of its own, which no other camera can take; set cameras to 0")
         key = (_FORMAT, source_hash(degrade), file_marks(hr) if hr else str(source))
         keys = {"hr": key} | {kernel: (*key, self.scale, file_marks(lr) if lr else kernel) for kernel in made}
         items = cached_frames(folder, keys, lambda kinds: _items(found, kinds, self.scale))
@@ -169,16 +175,22 @@ class PairDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         source, frame = self.frame_of(i)
         items, kernel = self.items[source], self.kernels[int(self._draw(i, 2).integers(len(self.kernels)))]
-        (hr, _), (lr, info) = items["hr"][frame], items[kernel][frame]
+        (hr, shown), (lr, info) = items["hr"][frame], items[kernel][frame]
         scale, size, random = self.scale, self.crop // self.scale, self._draw(i, 1)
         row, column = (int(random.integers(0, n // scale - size + 1)) for n in hr.shape)
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
-        if kernel in CHAINS:  # from the HR crop and its surroundings, turned before: a sensor's columns stay upright
-            edge = scale * (MARGIN + CONTEXT)
-            lr = _window(hr, row * scale - edge, column * scale - edge, self.crop + 2 * edge)
+        edge, another = scale * (MARGIN + CONTEXT), self._draw(i, 5)
+        made_here = (elsewhere := another.random() < self.cameras) or kernel in CHAINS
+        if elsewhere:
+            lr = self._elsewhere(hr, self.crop + 2 * edge, shown["seen"], another)
+            lr = lr.round() if limits else lr
+            hr = lr[edge:-edge, edge:-edge]
         else:
-            lr = _window(lr, row - MARGIN, column - MARGIN, size + 2 * MARGIN)
-        hr = hr[row * scale :, column * scale :][: self.crop, : self.crop]
+            if made_here:  # from the HR crop and its surroundings, turned before: a sensor's columns stay upright
+                lr = _window(hr, row * scale - edge, column * scale - edge, self.crop + 2 * edge)
+            else:
+                lr = _window(lr, row - MARGIN, column - MARGIN, size + 2 * MARGIN)
+            hr = hr[row * scale :, column * scale :][: self.crop, : self.crop]
         if self.augment:
             turns, flip = int(random.integers(4)), bool(random.integers(2))
             hr, lr = (np.rot90(np.fliplr(a) if flip else a, turns) for a in (hr, lr))
@@ -186,9 +198,20 @@ class PairDataset(Dataset):
         if kernel in CHAINS:
             seed = int(self._draw(i, 3).integers(2**63 - 1))
             lr = CHAINS[kernel](lr, seed, scale, *info["chain"], (limits.min, limits.max) if limits else None)
+        elif made_here:
+            top = limits.max if limits else 1
+            lr = top * downsample(lr[None] / top, kernel, scale, top if limits else None)[0]
+        if made_here:
             lr = lr[:, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
         value_range = self._changed(info["range"], i)
         return {"hr": normalize(hr, value_range), "lr": normalize(lr, value_range), "kernel": torch.tensor(DEGRADATIONS.index(kernel))}
+
+    def _elsewhere(self, hr: np.ndarray, size: int, seen: tuple[float, float], random: np.random.Generator) -> np.ndarray:
+        "A window `[size, size]` of a frame as another camera would have taken it, in native values."
+        large = round(size / draw_zoom(random, self.crop / min(hr.shape)))
+        row, column = (int(random.integers(min(0, n - large) // 2, max(0, n - large) + 1)) for n in hr.shape)
+        (low, high), window = seen, _window(hr, row, column, large).astype(np.float32)
+        return low + (high - low) * other_camera(torch.from_numpy((window - low) / (high - low))[None], size, random)[0].numpy()
 
     def _draw(self, i: int, what: int) -> np.random.Generator:
         "One source of randomness per sample and purpose."

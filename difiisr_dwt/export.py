@@ -83,7 +83,7 @@ def export_onnx(
     model, info = load_model(find_model(name_or_path))
     if model.config.architecture != "compact":
         raise ModelError(f"only the architecture compact can be exported, not {model.config.architecture}")
-    sampler, told = sampler or model.config.sampler, (model.config.temperature, model.config.kernels)
+    sampler, told = sampler or model.config.sampler, (model.config.temperature, model.config.kernels, model.config.deviation)
     graph = Unrolled(model, steps, sampler).eval()
     config = GraphConfig(model.config.scale, model.factor, model.stride, model.noise_channels, steps, sampler, *told)
     lr = torch.zeros(1, 1, 24, 20)

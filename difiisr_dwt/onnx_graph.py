@@ -55,6 +55,7 @@ class GraphConfig:
     sampler: str
     temperature: float = 1.0  # at which the model is best used
     kernels: tuple[str, ...] = ()  # that the network can be told; `kernel` is 0 for unknown, else one more than the place here
+    deviation: float = 1.0  # the error of the mean of several samples, in units of how they differ
 
     @property
     def draws(self) -> int:

@@ -26,7 +26,7 @@ from .consistency import SLACK, Projection, back_project, consistent_counts, pro
 from .degradations import KERNELS, upsample
 from .guidance import Guidance
 from .images import ImageError, ThermalImage, denormalize, level, normalize, robust_range
-from .models import SAMPLERS, UNKNOWN, ModelError, RestorationModel, choose_device, find_model, load_model
+from .models import SAMPLERS, UNCLEAR, UNKNOWN, ModelError, RestorationModel, choose_device, find_model, load_model
 from .onnx_graph import OnnxModel
 from .published import PublishedModel, is_pickled, is_published, load_published, own_header, published_tiles, read_checkpoint, reflect_pad
 from .tiling import Tile, memory, noise_crop, sample, split
@@ -99,14 +99,14 @@ class SuperResolver:
         if seed < 0: raise ModelError(f'seed must be 0 or more, not {seed}')
         if temperature is not None and not 0 <= temperature <= 2: raise ModelError(f'temperature must be from 0 to 2, not {temperature}')
         if tile and tile < 4 * OVERLAP: raise ModelError(f'tile must be at least {4 * OVERLAP} pixels, or 0 for the whole image, not {tile}')
-        known = dict.fromkeys((*KERNELS, *getattr(self.model.config, 'kernels', ()), UNKNOWN)) # a model may have been told of chains, too
+        known = dict.fromkeys((*KERNELS, *getattr(self.model.config, 'kernels', ()), UNKNOWN, UNCLEAR)) # a model may have been told of chains, too
         if kernel is not None and kernel not in known: raise ModelError(unknown_key_message(kernel, known, what='kernel'))
         if consistent and kernel not in KERNELS:
             raise ModelError(f"consistent needs the kernel that made the image small; give kernel as one of {', '.join(KERNELS)}")
 
     def find_kernel(self, image: ThermalImage) -> str:
-        "How an image was made small, one of the kernels that the model knows; 'unknown' where it cannot tell."
-        if getattr(self.model, 'finder', None) is None: return UNKNOWN
+        "How an image was made small, one of the kernels that the model knows; 'unclear' where it cannot tell."
+        if getattr(self.model, 'finder', None) is None: return UNCLEAR
         lr = torch.from_numpy(normalize(fill_masked(image.pixels), self._pixel_range(image, None)))[None, None]
         pieces = sample(*(shape := image.pixels.shape), 128 if math.prod(shape) > _LOOK else max(shape))
         with torch.inference_mode(): return self.model.find_kernel(torch.cat([self._under(lr, piece) for piece in pieces]).to(self.device))
@@ -120,7 +120,7 @@ class SuperResolver:
         tile: int | None = None, # LR pixels along a side, at most 128 for published models; 0: the whole at once; None: that where memory allows
         callback: Callable[[int, int], None] | None = None, # called with (done, total) steps of all tiles: at first, and after each
         guide: Callable[[Tensor], Guidance] | None = None, # what steers the chain, for an LR tile [1, 1, h, w] in [0, 1]
-        kernel: str | None = None, # how the array was made, a key of `degradations.KERNELS`; None or 'unknown': nobody knows, see `find_kernel`
+        kernel: str | None = None, # how the array was made, a key of `degradations.KERNELS`; None or 'unknown': nobody knows, so `find_kernel` looks; 'unclear': it has looked
         consistent: bool = False, # by `kernel`, the result down-samples to the array, see `consistency`; tell it by `consistency.deviation_from`
         temperature: float | None = None, # of the chain: share of the noise it is given, less for a result nearer to the mean of all samples; None: as for sampler
     ) -> np.ndarray: # [4·H, 4·W], same dtype; integers rounded and clipped
@@ -160,13 +160,15 @@ class SuperResolver:
         seed: int = 0, # of the first; the others follow
         callback: Callable[[int, int], None] | None = None, # called with (done, total) steps of all samples
         **options: Any, # as for `upscale_image`
-    ) -> tuple[ThermalImage, np.ndarray]: # mean of the samples; their deviation about each pixel, float32 [4·H, 4·W] in native units
+    ) -> tuple[ThermalImage, np.ndarray]: # mean of the samples; its error to be expected about each pixel (a deviation), float32 [4·H, 4·W] in native units
         """What several samples agree on, and by how much they differ: where detail was measured, and where imagined. Raises as `upscale_image`.
 
-        They are drawn by the ancestral sampler, all of the noise, where nothing else is asked for: what is best for one image differs too little."""
+        They are drawn by the ancestral sampler, all of the noise, where nothing else is asked for: what is best for one image differs too little.
+        The error is how they differ, times what the model says (`deviation`): of the noise in a frame, samples know nothing."""
         if isinstance(self.model, RestorationModel) and options.get('sampler') is None:
             options |= {'sampler': 'ancestral', 'temperature': 1. if options.get('temperature') is None else options['temperature']}
         if samples < 2: raise ModelError(f'samples must be 2 or more, not {samples}')
+        if options.get('kernel') in (None, UNKNOWN): options['kernel'] = self.find_kernel(image)
         mean, squares = 0., 0.
         for i in range(samples): # Welford 1962: one pass, no cancellation
             step = None if callback is None else lambda done, total, i=i: callback(i * total + done, samples * total)
@@ -176,7 +178,7 @@ class SuperResolver:
             squares = squares + change * (pixels - mean)
         if options.get('consistent'): mean = _consistent(image, mean, options['kernel'], self.scale)
         low, high = image.value_range
-        return image.with_pixels(mean, self.scale), (np.sqrt(_pooled(squares / (samples - 1))) * (high - low)).astype(np.float32)
+        return image.with_pixels(mean, self.scale), (np.sqrt(_pooled(squares / (samples - 1))) * (high - low) * self._best('deviation', 1.)).astype(np.float32)
 
     def _best(self, option: str, otherwise: Any) -> Any:
         "What the model's configuration says of how it is best used."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Range', 'AGC_MODES', 'SensorConfig', 'lens_transfer', 'lens_blur', 'integrate_pixels', 'smooth_field', 'add_drift',
-           'add_stripes', 'add_netd', 'blink', 'kill', 'digitize', 'GainCurve', 'gain_control', 'degrade_sensor']
+           'add_stripes', 'add_netd', 'blink', 'kill', 'digitize', 'GainCurve', 'gain_control', 'degrade_sensor',
+           'OtherConfig', 'draw_zoom', 'other_camera']
 
 # %% ../nbs/15_sensor.ipynb #6ff11930
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from .degradations import degrade_each, filter_spectrum, lr_size
@@ -302,3 +304,56 @@ def degrade_sensor(
         return ((_sense(x * (t1 - t0) + t0, rng, scale, config) - t0) / (t1 - t0)).clamp(0, 1)
 
     return degrade_each(hr, seeds, scale, degrade)
+
+# %% ../nbs/15_sensor.ipynb #0c5a11d2
+@dataclass(frozen=True)
+class OtherConfig:
+    "Ranges in which cameras differ; each befalls half of the pictures."
+    zoom: Range = (0.55, 1.0) # pixels of the other along what was one pixel
+    blur: Range = (0.0, 2.5) # pixels, deviation of its Gaussian
+    sharpening: Range = (0.0, 1.2) # of an unsharp mask of 0.7 to 2 pixels
+    contrast: Range = (0.35, 1.3) # of what was 1
+    shift: Range = (-0.15, 0.15) # of the mean, with the contrast
+    noise: Range = (0.001, 0.055) # deviation, drawn evenly in its logarithm
+    noise_blur: Range = (0.3, 1.2) # pixels, of half of the noise
+    stripes: Range = (0.0, 0.7) # of the noise, deviation of the columns' offsets
+
+
+def draw_zoom(
+    rng: np.random.Generator,
+    least: float = 0.0, # what the size of the frame allows
+    config: OtherConfig = OtherConfig(),
+) -> float: # pixels of the other camera along one of this
+    "How much smaller the other camera shows the scene."
+    return max(least, rng.uniform(*config.zoom)) if rng.random() < 0.5 else 1.0
+
+
+def other_camera(
+    x: Tensor, # [1, H, W] in [0, 1]
+    size: int, # pixels of the result; H and W are those over the zoom
+    rng: np.random.Generator,
+    config: OtherConfig = OtherConfig(),
+) -> Tensor: # [1, size, size], clipped to [0, 1]
+    "The scene of a picture as another camera would have taken it: smaller, softer or sharper, flatter, with its own noise."
+    def drawn(low_high: Range) -> float | None:
+        return rng.uniform(*low_high) if rng.random() < 0.5 else None
+
+    if x.shape[1:] != (size, size):
+        x = torch.nn.functional.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0]
+    y = x[0].numpy().astype(np.float32)
+    if blur := drawn(config.blur):
+        y = gaussian_filter(y, blur)
+    if amount := drawn(config.sharpening):
+        y = y + amount * (y - gaussian_filter(y, rng.uniform(0.7, 2.0)))
+    if contrast := drawn(config.contrast):
+        y = y.mean() + rng.uniform(*config.shift) + contrast * (y - y.mean())
+    deviation = np.exp(rng.uniform(*np.log(config.noise)))
+    if rng.random() < 0.75:
+        noise = rng.standard_normal(y.shape, np.float32)
+        if width := drawn(config.noise_blur):
+            noise = gaussian_filter(noise, width)
+            noise /= noise.std()
+        if stripes := drawn(config.stripes):
+            noise = noise + stripes * rng.standard_normal((1, y.shape[1]), np.float32)
+        y = y + deviation * noise
+    return torch.from_numpy(y.clip(0, 1)).to(x.dtype)[None]

@@ -240,11 +240,12 @@ def _measure(task: Task, image: Any, result: Any, batch: Batch) -> None:
 
 
 def _told(task: Task, image: Any, options: dict[str, Any], batch: Batch) -> dict[str, Any]:
-    "The options with a kernel that was found, where nobody said it, and a note of it."
-    from difiisr_dwt.models import UNKNOWN
+    "The options with what was found of the kernel, where nobody said it, and a note of it."
+    from difiisr_dwt.models import UNCLEAR, UNKNOWN
 
-    if options['kernel'] == UNKNOWN and (found := batch.resolver.find_kernel(image)) != UNKNOWN: options = options | {'kernel': found}
-    if batch.options['kernel'] == UNKNOWN != options['kernel']: batch.kernels[task.job.source] = options['kernel']
+    if batch.options['kernel'] != UNKNOWN: return options
+    if options['kernel'] == UNKNOWN: options = options | {'kernel': batch.resolver.find_kernel(image)}
+    if options['kernel'] != UNCLEAR: batch.kernels[task.job.source] = options['kernel']
     return options
 
 

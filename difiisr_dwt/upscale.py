@@ -208,7 +208,7 @@ def _share(jobs: list[Job], batch: Batch) -> None:
         if (first := next(frames(folder), None)) is None: continue
         try: batch.ranges[folder] = sequence_range(frames(folder))
         except ImageError as error: raise ImageError(f'{folder}: {error}, or leave --sequence out') from None
-        if batch.options['kernel'] == UNKNOWN and (found := batch.resolver.find_kernel(first)) != UNKNOWN: batch.kernels[folder] = found
+        if batch.options['kernel'] == UNKNOWN: batch.kernels[folder] = batch.resolver.find_kernel(first)
 
 
 def _contradiction(arguments: argparse.Namespace, jobs: int) -> str | None:

@@ -13,7 +13,7 @@ import torch
 
 from difiisr_dwt.configuration import configure
 from difiisr_dwt.experiments import run_experiment
-from difiisr_dwt.models import ModelConfig, RestorationModel, find_model, load_model
+from difiisr_dwt.models import USE, ModelConfig, RestorationModel, find_model, load_model
 from difiisr_dwt.objective import term_configs
 from difiisr_dwt.runs import ExperimentError, find_stage, load_experiment, stage_parameters
 from difiisr_dwt.schedule import ResShiftSchedule
@@ -178,7 +178,7 @@ def test_files(file):
 
 def used_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
     """The configuration, sampled as the other is: how a model is best used is no part of what a training takes over."""
-    return dataclasses.replace(config, **{key: getattr(other, key) for key in ("sampler", "temperature", "rho")})
+    return dataclasses.replace(config, **{key: getattr(other, key) for key in USE if key != "max_steps"})
 
 
 def configured(params: dict) -> TrainConfig:

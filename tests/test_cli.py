@@ -1,5 +1,6 @@
 """The command line with real processes: bad input, names of results, interruptions, exit codes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -542,6 +543,30 @@ def test_films(here, model, film, capsys):
     assert cli.main(["upscale", "y16.mkv", "--out", "out", "--model", str(model)]) == 0 and "1 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("likely, found", [([0.0, 0.0], None), ([3.0, 0.0], "bicubic")])
+def test_the_kernel_is_looked_for_once(here, film, monkeypatch, likely, found):
+    """In the first frame of a film or a sequence, and once for all samples, also where it stays unclear: frames differ by nothing else."""
+    unclear = RestorationModel(ModelConfig(network=NetworkConfig(channels=(16, 24), blocks=1), kernels=("bicubic", "sensor"), find_kernel=True),
+                               sigma=torch.full((16,), 0.03))
+    unclear.finder.last.weight.data.zero_()
+    unclear.finder.last.bias.data = torch.tensor(likely)
+    save_model("finds.safetensors", unclear)
+    looks, heard = [], []
+    look, restore = RestorationModel.find_kernel, RestorationModel.restore
+    monkeypatch.setattr(RestorationModel, "find_kernel", lambda *given: looks.append(1) or look(*given))
+    monkeypatch.setattr(RestorationModel, "restore", lambda *given, **named: heard.append(named["kernel"]) or restore(*given, **named))
+    for i in range(3):
+        save(here / f"in/{i}.png", frame(seed=i))
+    asked = {"y16.mkv": 1, "in --sequence": 1, "in": 3, "in/0.png --steps 2 --samples 3": 1, "in --kernel unclear": 0, "in --kernel bicubic": 0}
+    for words, times in asked.items():
+        looks.clear(), heard.clear()
+        assert cli.main(["upscale", *words.split(), "--model", "finds.safetensors", "--out", f"out{len(words)}", "--json", "told.json"]) == 0
+        rows = json.loads(Path("told.json").read_text())["files"]
+        said = words.rpartition("--kernel ")[2] if "--kernel" in words else found or "unclear"
+        assert len(looks) == times and set(heard) == {said}, words
+        assert {row.get("kernel_found") for row in rows} == {None if "--kernel" in words else found}, words
+
+
 def test_films_that_cannot_be(here, model, film, monkeypatch, capsys):
     """Cut off, in colour, 16 bits into H.264, no ffmpeg: a sentence, and nothing written."""
     whole = (here / "y16.mkv").read_bytes()
@@ -599,6 +624,10 @@ def test_samples_their_mean_and_how_they_differ(here, model):
     near = [gaussian_filter(np.where(known, x, 0.0), 1.0) for x in (variance, np.ones_like(variance))]
     np.testing.assert_allclose(deviation[known], np.sqrt(near[0] / near[1])[known], atol=1e-3)
     assert np.isnan(deviation).sum() == 16 and np.nanmax(deviation) > 0.01
+    resolver.model.config = dataclasses.replace(resolver.model.config, deviation=2.5)  # a model that knows how much samples miss
+    again, larger = resolver.upscale_samples(read_image(here / "in/a.tif"), 3, 4, 5)
+    np.testing.assert_allclose(larger, 2.5 * deviation, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(again.native(), mean, atol=1e-3)
     (here / "out/a.deviation.tif").unlink()
     assert difiisr(*words)[1] == "1 done, 0 failed\n" and difiisr(*words)[1] == "0 done, 1 skipped, 0 failed\n"
 

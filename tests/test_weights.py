@@ -97,7 +97,8 @@ def test_weights_are_small_and_come_with_a_card():
 @pytest.mark.parametrize("kernel, least", [("bicubic", 1.0), ("matlab", 1.0), ("box", 1.0), ("cv2-cubic", 0.4)])
 def test_robust_by_kernel(tmp_path, kernel, least):
     """Told the kernel, above bicubic interpolation by so many dB at 1 step; left to find it, at most 0.4 dB below that."""
-    pairs = [pair for folder in ("hit_uav/val", "roadscene/val") for pair in read_pairs(shared_data(folder), kernel, limit=2)]
+    folders = ["hit_uav/val", "roadscene/val"] + ["tno"] * (kernel != "cv2-cubic")  # there OpenCV's is taken for box, too often: see the card
+    pairs = [pair for folder in folders for pair in read_pairs(shared_data(folder), kernel, limit=2)]
     files = written(tmp_path, pairs)
     for told in (kernel, "unknown"):
         upscaled([tmp_path / "LR"], tmp_path / told, 1, "--model", "robust", "--kernel", told)
