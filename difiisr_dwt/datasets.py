@@ -179,15 +179,17 @@ class PairDataset(Dataset):
         scale, size, random = self.scale, self.crop // self.scale, self._draw(i, 1)
         row, column = (int(random.integers(0, n // scale - size + 1)) for n in hr.shape)
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
-        edge, another = scale * (MARGIN + CONTEXT), self._draw(i, 5)
-        made_here = (elsewhere := another.random() < self.cameras) or kernel in CHAINS
+        edge = scale * (MARGIN + CONTEXT)
+        wide = self.crop + 2 * edge  # LR may be made here, from the HR crop and its surroundings
+        elsewhere = self.cameras > 0 and (another := self._draw(i, 5)).random() < self.cameras
+        made_here = elsewhere or kernel in CHAINS
         if elsewhere:
-            lr = self._elsewhere(hr, self.crop + 2 * edge, shown["seen"], another)
+            lr = self._elsewhere(hr, wide, shown["seen"], another)
             lr = lr.round() if limits else lr
             hr = lr[edge:-edge, edge:-edge]
         else:
-            if made_here:  # from the HR crop and its surroundings, turned before: a sensor's columns stay upright
-                lr = _window(hr, row * scale - edge, column * scale - edge, self.crop + 2 * edge)
+            if made_here:  # turned before: a sensor's columns stay upright
+                lr = _window(hr, row * scale - edge, column * scale - edge, wide)
             else:
                 lr = _window(lr, row - MARGIN, column - MARGIN, size + 2 * MARGIN)
             hr = hr[row * scale :, column * scale :][: self.crop, : self.crop]
