@@ -217,6 +217,7 @@ def _into_range(x: Tensor, lr: Tensor, kernel: str, top: float, scale: int) -> T
         residual = _open(lr - _rows(down_y, between.clamp(*ends)), lr, (0, top))
         history.append(float(residual.abs().max()))
         if history[-1] <= close: break
+        if kernel != 'box': residual = F.softshrink(residual, SLACK) # no farther than `project` goes
         pull = _rows(up_y, residual)
         passing = ~((between >= ends[1]) & (pull > 0)) & ~((between <= ends[0]) & (pull < 0))
         pull = columns(passing * pull)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import Item, cache_folder, cached_frames, file_marks, source_hash
@@ -83,6 +84,12 @@ def _window(array: np.ndarray, row: int, column: int, size: int) -> np.ndarray:
     return array[rows[:, None], columns]
 
 
+def _somewhere(array: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+    "A square part, float32, of any place in an array; where the array is smaller, around it."
+    row, column = (int(random.integers(min(0, n - size) // 2, max(0, n - size) + 1)) for n in array.shape)
+    return _window(array, row, column, size).astype(np.float32)
+
+
 class PairDataset(Dataset):
     """Crops of frame pairs: item i holds `hr` [1, crop, crop] and `lr` [1, crop/scale + 2·MARGIN, …], normalized to [-1, 1],
     and `kernel`, int64 [], the place in `DEGRADATIONS` of what made LR.
@@ -104,16 +111,17 @@ class PairDataset(Dataset):
         brightness: float = 0.0,  # largest shift of HR and LR alike, in units of [-1, 1]
         contrast: float = 0.0,  # largest relative change of contrast, 0 ≤ contrast < 1
         cameras: float = 0.0,  # share of the samples that another camera is made to take before LR is made, see `sensor.other_camera`
+        enlarged: float = 0.0,  # share of the samples that are made up to twice as large before LR is made
         cache: str | Path = "",  # folder of mapped files, 'auto' for the user's own (see `cache_folder`), '' for memory
     ):
         if crop % scale:
             raise DataError(f"crop {crop} is not a multiple of the scale {scale}")
         if brightness < 0 or not 0 <= contrast < 1:
             raise DataError(f"brightness {brightness} must be at least 0, contrast {contrast} from 0 to below 1")
-        if not 0 <= cameras <= 1:
-            raise DataError(f"cameras must be a share from 0 to 1, not {cameras}")
+        if not (0 <= cameras and 0 <= enlarged and cameras + enlarged <= 1):
+            raise DataError(f"cameras and enlarged must be shares from 0 to 1, together too, not {cameras} and {enlarged}")
         self.kernels, self.scale, self.crop, self.seed, self.augment = check_kernels(kernel), scale, crop, seed, augment
-        self.length, self.brightness, self.contrast, self.cameras = length, brightness, contrast, cameras
+        self.length, self.brightness, self.contrast, self.cameras, self.enlarged = length, brightness, contrast, cameras, enlarged
         self.shares = _shares(weights, len(sources))
         self.items: list[dict[str, Sequence[Item]]] = []  # of each source: by kind, one per frame, see `_items`
         self.groups: list[list[tuple[int, int]]] = []  # what is drawn evenly: number of the source, and of the frame in it
@@ -133,8 +141,8 @@ class PairDataset(Dataset):
         found = find_frames(source, self.kernels, self.scale)
         made = [kernel for kernel in DEGRADATIONS if kernel in self.kernels]
         hr, lr = ([getattr(f, part) for f in found if isinstance(getattr(f, part), Path)] for part in ("hr", "lr"))
-        if lr and self.cameras:
-            raise DataError(f"{source}: has LR of its own, which no other camera can take; set cameras to 0")
+        if lr and (self.cameras or self.enlarged):
+            raise DataError(f"{source}: has LR of its own, which no other camera can take, and which cannot be enlarged; set cameras and enlarged to 0")
         key = (_FORMAT, source_hash(degrade), file_marks(hr) if hr else str(source))
         keys = {"hr": key} | {kernel: (*key, self.scale, file_marks(lr) if lr else kernel) for kernel in made}
         items = cached_frames(folder, keys, lambda kinds: _items(found, kinds, self.scale))
@@ -181,10 +189,12 @@ class PairDataset(Dataset):
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
         edge = scale * (MARGIN + CONTEXT)
         wide = self.crop + 2 * edge  # LR may be made here, from the HR crop and its surroundings
-        elsewhere = self.cameras > 0 and (another := self._draw(i, 5)).random() < self.cameras
-        made_here = elsewhere or kernel in CHAINS
-        if elsewhere:
-            lr = self._elsewhere(hr, wide, shown["seen"], another)
+        another = self._draw(i, 5)
+        chance = another.random() if self.cameras or self.enlarged else 1.0
+        changed = chance < self.cameras + self.enlarged
+        made_here = changed or kernel in CHAINS
+        if changed:
+            lr = self._elsewhere(hr, wide, shown["seen"], another) if chance < self.cameras else self._enlarged(hr, wide, another)
             lr = lr.round() if limits else lr
             hr = lr[edge:-edge, edge:-edge]
         else:
@@ -210,10 +220,15 @@ class PairDataset(Dataset):
 
     def _elsewhere(self, hr: np.ndarray, size: int, seen: tuple[float, float], random: np.random.Generator) -> np.ndarray:
         "A window `[size, size]` of a frame as another camera would have taken it, in native values."
-        large = round(size / draw_zoom(random, self.crop / min(hr.shape)))
-        row, column = (int(random.integers(min(0, n - large) // 2, max(0, n - large) + 1)) for n in hr.shape)
-        (low, high), window = seen, _window(hr, row, column, large).astype(np.float32)
+        (low, high), window = seen, _somewhere(hr, round(size / draw_zoom(random, self.crop / min(hr.shape))), random)
         return low + (high - low) * other_camera(torch.from_numpy((window - low) / (high - low))[None], size, random)[0].numpy()
+
+    @staticmethod
+    def _enlarged(hr: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+        "A window `[size, size]` of a frame that was made up to twice as large, in native values."
+        window = torch.from_numpy(_somewhere(hr, round(size / random.uniform(1, 2)), random))[None, None]
+        large = interpolate(window, (size, size), mode=("bilinear", "bicubic")[int(random.integers(2))])
+        return large[0, 0].clamp(window.min(), window.max()).numpy()  # a bicubic kernel overshoots
 
     def _draw(self, i: int, what: int) -> np.random.Generator:
         "One source of randomness per sample and purpose."

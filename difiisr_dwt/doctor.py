@@ -58,12 +58,13 @@ def _versions() -> list[Finding]:
 
 
 def _devices() -> list[Finding]:
-    import psutil
     import torch
 
-    memory = psutil.virtual_memory()
+    from difiisr_dwt.tiling import memory
+
+    total, free = memory()
     found = [Finding('devices', 'cpu', f'{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; '
-                                       f'{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free')]
+                                       f'{free / 1e9:.1f} of {total / 1e9:.1f} GB memory free')]
     for k in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(k)
         found.append(Finding('devices', f'cuda:{k}', f'{torch.cuda.get_device_name(k)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free'))

@@ -104,8 +104,9 @@ class SuperResolver:
         if consistent and kernel not in KERNELS:
             raise ModelError(f"consistent needs the kernel that made the image small; give kernel as one of {', '.join(KERNELS)}")
 
-    def find_kernel(self, image: ThermalImage) -> str:
-        "How an image was made small, one of the kernels that the model knows; 'unclear' where it cannot tell."
+    def find_kernel(self, image: ThermalImage, told: str | None = None) -> str:
+        "How an image was made small, where nobody has told it: one of the kernels that the model knows; 'unclear' where it cannot tell."
+        if told not in (None, UNKNOWN): return told
         if getattr(self.model, 'finder', None) is None: return UNCLEAR
         lr = torch.from_numpy(normalize(fill_masked(image.pixels), self._pixel_range(image, None)))[None, None]
         pieces = sample(*(shape := image.pixels.shape), 128 if math.prod(shape) > _LOOK else max(shape))
@@ -138,7 +139,7 @@ class SuperResolver:
         self.check(steps, seed, sampler, tile, kernel, consistent, temperature)
         sampler = sampler or self._best('sampler', 'ancestral')
         if temperature is None: temperature = self._best('temperature', 1.)
-        if kernel in (None, UNKNOWN): kernel = self.find_kernel(image)
+        kernel = self.find_kernel(image, kernel)
         if guide and not isinstance(self.model, RestorationModel):
             raise ModelError('guidance steers models of this package, in torch; this is another, so leave guide out')
         seen = self._pixel_range(image, value_range)
@@ -168,7 +169,7 @@ class SuperResolver:
         if isinstance(self.model, RestorationModel) and options.get('sampler') is None:
             options |= {'sampler': 'ancestral', 'temperature': 1. if options.get('temperature') is None else options['temperature']}
         if samples < 2: raise ModelError(f'samples must be 2 or more, not {samples}')
-        if options.get('kernel') in (None, UNKNOWN): options['kernel'] = self.find_kernel(image)
+        options['kernel'] = self.find_kernel(image, options.get('kernel'))
         mean, squares = 0., 0.
         for i in range(samples): # Welford 1962: one pass, no cancellation
             step = None if callback is None else lambda done, total, i=i: callback(i * total + done, samples * total)

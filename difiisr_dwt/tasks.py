@@ -115,11 +115,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _check_memory(name: Path, height: int, width: int, scale: int) -> None:
-    import psutil
-
     from difiisr_dwt.images import ImageError
+    from difiisr_dwt.tiling import memory
 
-    needed, free = _BYTES * height * width * scale**2, psutil.virtual_memory().available
+    needed, free = _BYTES * height * width * scale**2, memory()[1]
     if needed > free:
         raise ImageError(f'cannot upscale {name}: {width}×{height} pixels need about {needed / 1e9:.0f} GB of memory, and '
                          f'{free / 1e9:.0f} GB are free; crop it into parts')
@@ -244,7 +243,7 @@ def _told(task: Task, image: Any, options: dict[str, Any], batch: Batch) -> dict
     from difiisr_dwt.models import UNCLEAR, UNKNOWN
 
     if batch.options['kernel'] != UNKNOWN: return options
-    if options['kernel'] == UNKNOWN: options = options | {'kernel': batch.resolver.find_kernel(image)}
+    options = options | {'kernel': batch.resolver.find_kernel(image, options['kernel'])}
     if options['kernel'] != UNCLEAR: batch.kernels[task.job.source] = options['kernel']
     return options
 

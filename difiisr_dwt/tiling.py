@@ -7,6 +7,7 @@ __all__ = ['spans', 'blend_weights', 'Tile', 'split', 'sample', 'noise_crop', 'm
 
 # %% ../nbs/35_tiling.ipynb #251c90c0
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +126,8 @@ def noise_crop(
     return torch.from_numpy(noise)[None]
 
 # %% ../nbs/35_tiling.ipynb #55fbdaf9
-_GROUPS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'), ( # of version 2, and of version 1
-    '/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes')
+_GROUPS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', 'inactive_file'), ( # of version 2, and of version 1
+    '/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes', 'total_inactive_file')
 
 
 def memory(
@@ -138,9 +139,11 @@ def memory(
 
     found = psutil.virtual_memory()
     total, free = found.total, found.available
-    for files in _GROUPS:
+    for *files, cached in _GROUPS:
         try: limit, used = (int(Path(file).read_text()) for file in files)
         except (OSError, ValueError): continue # no such group, or 'max'
+        try: used -= int(re.search(rf'^{cached} (\d+)$', Path(files[1]).with_name('memory.stat').read_text(), re.MULTILINE)[1])
+        except (OSError, TypeError): pass # files that it has read are given up where memory is wanted
         if limit < total: total, free = limit, max(0, min(free, limit - used))
     return total, free
 

@@ -73,6 +73,7 @@ class TrainConfig:
     brightness: float = 0.0  # largest random shift, in units of [-1, 1]
     contrast: float = 0.0  # largest random change, relative
     cameras: float = 0.0  # share of the samples that another camera is made to take before LR is made, see `sensor.other_camera`
+    enlarged: float = 0.0  # share of the samples that are made up to twice as large before LR is made
     cache: str = ""  # folder of decoded frames that processes share, auto for the user's own; empty: in memory
     # model
     model: ModelConfig = ModelConfig()
@@ -143,9 +144,8 @@ def check_config(config: TrainConfig) -> None:
     for key in ("batch", "accumulation", "processes", "nodes", "iterations", "validate_every", "checkpoint_every", "checkpoints_kept", "log_every"):
         if getattr(config, key) < 1:
             raise TrainingError(f"{key!r} must be at least 1, not {getattr(config, key)}")
-    for key in ("kernel_unknown", "cameras"):
-        if not 0 <= getattr(config, key) <= 1:
-            raise TrainingError(f"{key!r} must be a share from 0 to 1, not {getattr(config, key)}")
+    if not 0 <= config.kernel_unknown <= 1:
+        raise TrainingError(f"'kernel_unknown' must be a share from 0 to 1, not {config.kernel_unknown}")
     if config.batch % (config.nodes * config.processes * config.accumulation):
         raise TrainingError(
             f"'batch' {config.batch} must be divisible by 'nodes' {config.nodes} times 'processes' {config.processes} "

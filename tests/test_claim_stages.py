@@ -1,10 +1,15 @@
 """The stages whose published runs the page of claims quotes, small and on procedural scenes."""
+import csv
 import json
 
+import numpy as np
 import pytest
 import yaml
 
+from difiisr_dwt.degradations import crop_to_multiple, downsample_pixels
 from difiisr_dwt.experiments import run_experiment
+from difiisr_dwt.images import ThermalImage, find_images, read_image, shared_data
+from difiisr_dwt.pipeline import SuperResolver
 
 
 def run(stage: str, params: dict, root) -> dict:
@@ -55,3 +60,23 @@ def test_calibration(tmp_path):
     assert row["error where least sure, over where surest"] > 1.5
     assert f"correlate by {row['all pixels of the set']:.2f}" in m["conclusion"] and f"within an image by {row['Spearman']:.2f}" in m["conclusion"]
     assert 0.1 < row["all pixels of the set"] < 1 and len(m["figures"]) == 2
+
+
+@pytest.mark.skipif(shared_data() is None, reason="needs the shared infrared images (DIFIISR_SHARED)")
+def test_consistency(tmp_path):
+    """Every result is within half a count, no plain one is, and the network that is asked once says what it says when asked again."""
+    name, kernel = "roadscene/val", "bicubic"
+    m = run("consistency", {"folders": [name], "frames": 1, "kernels": [kernel], "tiles": [0, 64]}, tmp_path)
+    assert m["verdict"]["passed"] and not m["beyond"] and len(m["rows"]) == 6 and m["settings"]["frames"] == {name: 1}
+    with open(next((tmp_path / "reports").rglob("consistency.csv"))) as file:
+        rows = {(row["mapping"], int(row["tile"])): {k: float(v) for k, v in row.items() if " " in k} for row in csv.DictReader(file)}
+    assert len(rows) == 6 and all(row["consistent deviation"] <= 0.5 < row["plain deviation"] for row in rows.values())
+    hr = crop_to_multiple(read_image(find_images([shared_data(name)])[0]).native().astype(np.float64))
+    resolver = SuperResolver.from_pretrained("compact", device="cpu")
+    for (mapping, tile), dtype, gain, offset in ((("uint16", 64), np.uint16, 257, 0), (("counts", 0), np.uint16, 1, 7000)):
+        low = np.rint(65535 * downsample_pixels((gain * hr + offset) / 65535, kernel, levels=65535))
+        image = ThermalImage.from_native(low.astype(dtype))
+        for key, consistent in (("plain psnr", False), ("consistent psnr", True)):
+            sr = resolver.upscale_image(image, tile=tile, kernel=kernel, consistent=consistent).native().astype(np.float64)
+            error = np.square(np.clip((sr - offset) / gain, 0, 255) - hr).mean()
+            assert rows[mapping, tile][key] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)

@@ -301,11 +301,12 @@ def test_pairs_of_any_type_share_one_range(tmp_path, dtype):
     assert -2 < seen.quantile(0.02) < 0 < seen.quantile(0.98) < 2 and seen.std() > 0.1
 
 
+@pytest.mark.parametrize("option", ["cameras", "enlarged"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_other_cameras_of_any_type(tmp_path, dtype):
+def test_other_cameras_of_any_type(tmp_path, dtype, option):
     """HR is another picture on the grid of its type, LR is made of that picture, a chain's as well; LR that is given cannot be."""
     folder = folder_of(tmp_path / "made", range(3), dtype, size=(120, 150))
-    own, other = (PairDataset([folder], ["matlab", "sensor"], crop=64, cameras=share) for share in (0.0, 1.0))
+    own, other = (PairDataset([folder], ["matlab", "sensor"], crop=64, **{option: share}) for share in (0.0, 1.0))
     for i in range(16):
         pair, kind = other[i], DEGRADATIONS[int(other[i]["kernel"])]
         assert all(torch.equal(pair[k], other[i][k]) for k in pair) and not torch.equal(pair["hr"], own[i]["hr"])
@@ -322,8 +323,8 @@ def test_other_cameras_of_any_type(tmp_path, dtype):
             assert (made - inner).abs().max() <= (1e-3 * spread if top == 1 else 0.02)
         else:
             assert torch.corrcoef(torch.stack([inner.flatten(), torch.nn.functional.avg_pool2d(hr, 4)[..., 2:-2, 2:-2].flatten()]))[0, 1] > 0.5
-    with pytest.raises(DataError, match="set cameras to 0"):
-        PairDataset([folder_of(tmp_path / "own", range(2), dtype, "bicubic")], crop=32, cameras=0.5)
+    with pytest.raises(DataError, match="set cameras and enlarged to 0"):
+        PairDataset([folder_of(tmp_path / "own", range(2), dtype, "bicubic")], crop=32, **{option: 0.5})
 
 
 # ---- prepared folders
@@ -381,7 +382,8 @@ def test_every_offender_is_named_at_once(tmp_path):
     ({"kernel": ["box", "bix"]}, "'bix' does not exist"),
     ({"contrast": 1.0}, "below 1"),
     ({"brightness": -0.1}, "at least 0"),
-    ({"cameras": 1.5}, "share from 0 to 1"),
+    ({"cameras": 1.5}, "shares from 0 to 1"),
+    ({"cameras": 0.6, "enlarged": 0.6}, "together too"),
     ({"crop": 1000}, "at least 1000×1000"),
 ])
 def test_wrong_options(options, message):

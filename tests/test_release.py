@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("file, name", [
-    ("release", "compact"), ("release", "robust-finder-begin"), ("release", "robust-network"), ("release", "robust"), ("release", "compact-1step"),
+    ("release", "compact"), ("release", "compact-open"), ("release", "robust-finder-begin"), ("release", "robust-network"), ("release", "robust"),
+    ("release", "compact-1step"),
     ("fine_tune", ""),
 ])  # fmt: skip
 def test_goes_on_from_shipped_weights(tmp_path, file, name):

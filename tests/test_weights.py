@@ -71,14 +71,15 @@ def test_m3fd_test_set(tmp_path):
     assert results["perceptual"][0] >= 38.1 and results["perceptual"][1] <= 0.10
 
 
+@pytest.mark.parametrize("model", ["compact", "compact-open"])
 @pytest.mark.parametrize("folder", ["hit_uav/val", "roadscene/val"])
-def test_validation_folders(tmp_path, folder):
+def test_validation_folders(tmp_path, folder, model):
     """At least 1 dB above bicubic at 1 step, at most 0.7 of its LPIPS at 15 steps; four frames, evenly spread."""
     files = written(tmp_path, read_pairs(shared_data(folder), limit=4))
     for steps in (1, 15):
-        upscaled([tmp_path / "LR"], tmp_path / str(steps), steps)
+        upscaled([tmp_path / "LR"], tmp_path / str(steps), steps, "--model", model)
     results = {key: judged([(tmp_path / key / n, hr) for n, hr in files.items()]) for key in ("by Pillow", "1", "15")}
-    print(folder, results)
+    print(folder, model, results)
     assert results["1"][0] >= results["by Pillow"][0] + 1.0
     assert results["15"][1] <= 0.7 * results["by Pillow"][1]
 
