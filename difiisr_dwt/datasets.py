@@ -189,8 +189,7 @@ class PairDataset(Dataset):
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
         edge = scale * (MARGIN + CONTEXT)
         wide = self.crop + 2 * edge  # LR may be made here, from the HR crop and its surroundings
-        another = self._draw(i, 5)
-        chance = another.random() if self.cameras or self.enlarged else 1.0
+        chance = (another := self._draw(i, 5)).random() if self.cameras or self.enlarged else 1.0
         changed = chance < self.cameras + self.enlarged
         made_here = changed or kernel in CHAINS
         if changed:

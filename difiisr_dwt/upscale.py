@@ -195,6 +195,7 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
 def _share(jobs: list[Job], batch: Batch) -> None:
     "One value range and one kernel for the frames of each folder, read once for it; those that cannot be read are told in their turn."
     from difiisr_dwt.images import ImageError, read_image
+    from difiisr_dwt.models import UNKNOWN
     from difiisr_dwt.pipeline import sequence_range
 
     def frames(folder: Path) -> Iterator[Any]:
@@ -207,7 +208,7 @@ def _share(jobs: list[Job], batch: Batch) -> None:
         if (first := next(frames(folder), None)) is None: continue
         try: batch.ranges[folder] = sequence_range(frames(folder))
         except ImageError as error: raise ImageError(f'{folder}: {error}, or leave --sequence out') from None
-        batch.kernels[folder] = batch.resolver.find_kernel(first, batch.options['kernel'])
+        if batch.options['kernel'] == UNKNOWN: batch.kernels[folder] = batch.resolver.find_kernel(first)
 
 
 def _contradiction(arguments: argparse.Namespace, jobs: int) -> str | None:
