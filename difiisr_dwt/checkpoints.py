@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingError', 'checkpoint_files', 'write_checkpoint', 'read_checkpoint', 'clear_leftovers', 'what_is_left',
            'sole_writer', 'read_log', 'truncate_log', 'Journal', 'optimizer_tensors', 'fill_optimizer', 'part',
-           'blend_models']
+           'blend_models', 'join_mean']
 
 # %% ../nbs/43_checkpoints.ipynb #e2f7d6fa
 import contextlib
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .images import atomic_path
-from .models import USE, ModelError, find_model, load_model, save_model, write_tensors
+from .models import USE, ModelError, RestorationModel, find_model, load_model, save_model, write_tensors
 from .processes import locked
 
 # %% ../nbs/43_checkpoints.ipynb #728112d4
@@ -220,3 +220,25 @@ def blend_models(
     blended = {k: v.lerp(tensors[k], share) if v.is_floating_point() else v for k, v in first.state_dict().items()}
     first.load_state_dict(blended)
     save_model(out, first, {k: v for k, v in info.items() if k != "validation"} | {"blend": {"with": Path(other).stem, "share": share}})
+
+
+def join_mean(
+    name_or_path: str | Path,  # a chain's model, see `models.find_model`
+    mean: str | Path,  # a stateless model for the same latent
+    out: str | Path,  # the safetensors file to write, its weights in half precision
+) -> None:
+    """Write the chain's model with the stateless network beside its own, for a single step.
+
+    Raises `ModelError` for models that do not go together."""
+    (chain, info), (alone, own) = (load_model(find_model(one)) for one in (name_or_path, mean))
+    same = {name: getattr(chain.config, name) for name in ("network", *USE)}
+    wanted = dataclasses.replace(chain.config, mean=None)
+    if not alone.config.network.stateless or chain.config.network.stateless or dataclasses.replace(alone.config, **same) != wanted:
+        raise ModelError(f"{mean} is no stateless model for the latent of {name_or_path}; train one with initial: {name_or_path}")
+    joined = RestorationModel(dataclasses.replace(chain.config, mean=alone.config.network))
+    theirs = {f"mean.{k}": v for k, v in alone.network.state_dict().items()}
+    joined.load_state_dict({k: v for k, v in chain.state_dict().items() if not k.startswith("mean.")} | theirs)
+    for k, v in alone.latent_space.state_dict().items():
+        if not torch.equal(v, chain.latent_space.state_dict()[k]):
+            raise ModelError(f"{mean} has other deviations than {name_or_path}; train it with initial: {name_or_path}")
+    save_model(out, joined, {k: v for k, v in info.items() if k not in ("validation", "mean")} | {"mean": own}, half=True)

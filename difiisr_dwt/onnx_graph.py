@@ -123,10 +123,11 @@ class OnnxModel:
         noise = [noise_sampler() if noise_sampler else torch.randn(shape) for _ in range(self.config.draws)]
         place = 1 + self.config.kernels.index(kernel) if kernel in self.config.kernels else 0
         told = {"kernel": np.array([place], dtype=np.int64)} if self.config.kernels else {}
-        images = [
-            self.session.run(None, {"lr": one.cpu().numpy(), "noise": torch.stack([n[i] for n in noise]).cpu().numpy(), **told})[0]
-            for i, one in enumerate(lr.split(1))
-        ]
+        wanted = {known.name for known in self.session.get_inputs()}  # a graph to which noise means nothing has no place for it
+        images = []
+        for i, one in enumerate(lr.split(1)):
+            given = {"lr": one.cpu().numpy(), "noise": torch.stack([n[i] for n in noise]).cpu().numpy(), **told}
+            images.append(self.session.run(None, {k: v for k, v in given.items() if k in wanted})[0])
         for i in range(self.config.steps if callback else 0):
             callback({"i": i})
         return torch.from_numpy(np.concatenate(images)).to(lr.device)

@@ -35,6 +35,7 @@ from .unet import CompactUNet, Moments, frame_moments, record, replay
 # %% ../nbs/50_pipeline.ipynb #ceeebef6
 TILE, OVERLAP = 256, 16 # LR pixels
 _MOST = 2e9 # bytes that an image is given to be restored as a whole
+_AROUND = 32 # LR pixels around a tile that a network for the mean sees
 _MARGIN = 2 # LR pixels that bicubic up-sampling sees beyond a tile
 _LOOK = 2**19 # of an LR of more pixels, parts tell its kernel
 
@@ -76,7 +77,7 @@ class SuperResolver:
         if first_stage is not None or chain is not None:
             raise ModelError(f'{path}: first_stage and chain belong to a published checkpoint, this is none; leave them out')
         model, info = load_model(path, device)
-        model.network.to(memory_format=torch.channels_last) # a third faster on CPUs, same values up to rounding
+        for network in filter(None, (model.network, model.mean)): network.to(memory_format=torch.channels_last) # a third faster on CPUs
         return cls(model, device, info)
 
     @property
@@ -163,12 +164,13 @@ class SuperResolver:
         **options: Any, # as for `upscale_image`
     ) -> tuple[ThermalImage, np.ndarray]: # mean of the samples; its error to be expected about each pixel (a deviation), float32 [4·H, 4·W] in native units
         """What several samples agree on, and by how much they differ: where detail was measured, and where imagined. Raises as `upscale_image`.
-
         They are drawn by the ancestral sampler, all of the noise, where nothing else is asked for: what is best for one image differs too little.
         The error is how they differ, times what the model says (`deviation`): of the noise in a frame, samples know nothing."""
         if isinstance(self.model, RestorationModel) and options.get('sampler') is None:
             options |= {'sampler': 'ancestral', 'temperature': 1. if options.get('temperature') is None else options['temperature']}
         if samples < 2: raise ModelError(f'samples must be 2 or more, not {samples}')
+        if isinstance(self.model, RestorationModel) and not self.model.is_random(steps):
+            raise ModelError(f'samples of {steps} step{"s" * (steps > 1)} are all alike with this model, so they tell nothing; take more steps, or another model')
         options['kernel'] = self.find_kernel(image, options.get('kernel'))
         mean, squares = 0., 0.
         for i in range(samples): # Welford 1962: one pass, no cancellation
@@ -199,6 +201,7 @@ class SuperResolver:
         "Normalized LR [1, 1, h, w] to normalized SR float32 [scale·h, scale·w], tile by tile."
         height, width = size = lr.shape[-2:]
         own, compact = isinstance(self.model, RestorationModel), isinstance(getattr(self.model, 'network', None), CompactUNet)
+        mean = own and compact and not self.model.is_random(steps) # which has no statistics, but looks farther
         if tile is None: tile = 0 if compact and not guide and self._fits(height, width) else TILE
         if isinstance(self.model, PublishedModel):
             lr = reflect_pad(lr, self.model.multiple)
@@ -210,6 +213,7 @@ class SuperResolver:
             multiple = math.gcd(stride // math.gcd(stride, self.scale), OVERLAP) # a network of larger windows pads
             side = tile // multiple * multiple or multiple * math.ceil(max(height, width, 4 * OVERLAP) / multiple)
             tiles = split(height, width, side, OVERLAP, multiple, self.scale)
+        if mean: tiles = [part.grown(_AROUND, height, width, self.scale) for part in tiles]
         result = np.zeros((height * self.scale, width * self.scale), dtype=np.float32)
 
         def restore(parts: list[Tile], progress: Callable | None = None, moments: Moments | None = None, guide: Callable | None = None) -> Tensor:
@@ -222,7 +226,7 @@ class SuperResolver:
 
         if callback: callback(0, len(tiles) * steps)
         found: list[tuple[Tensor, Tensor]] = []
-        if compact and len(tiles) > 1:
+        if compact and len(tiles) > 1 and not mean:
             pieces = sample(height, width, multiple=multiple)
             restore(pieces, moments=record(found, torch.from_numpy(np.stack([p.weight for p in pieces]))[:, None].to(self.device)))
         for number, part in enumerate(tiles):
@@ -256,7 +260,6 @@ class SuperResolver:
         def draw() -> Tensor:
             number = next(draws)
             return temperature * torch.cat([noise_crop(seed, number, channels, *place, *size) for place in places]).to(self.device)
-
         return draw
 
     def _upsampled(self, lr: Tensor, part: Tile) -> Tensor:
@@ -304,7 +307,6 @@ def _in_turn(wraps: list[Callable[..., Callable]]) -> Callable[..., Callable]:
     def wrap(denoise: Callable, *args: Any) -> Callable:
         for one in wraps: denoise = one(denoise, *args)
         return denoise
-
     return wrap
 
 
@@ -333,8 +335,7 @@ def sequence_range(
         kinds.add((image.dtype.kind, image.dtype.itemsize if image.dtype.kind == 'u' else 0, image.metadata.get('unit')))
     if len(kinds) != 1:
         raise ImageError('the frames of a sequence differ in type or unit; convert them to one' if kinds else 'a sequence without frames has no range')
-    lows, highs = zip(*ranges)
-    return min(lows), max(highs)
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 # %% ../nbs/50_pipeline.ipynb #5b78e0c4
 def _back_projection(sr: np.ndarray, lr: ThermalImage, kernel: str) -> np.ndarray:

@@ -190,7 +190,7 @@ def check_reach(
     layers = {name: module.weight for module, name in order}
     reach, norms, silent = {}, {}, set(layers)
     for part, value in parts.items():
-        of = {n: w for n, w in layers.items() if n.startswith({"details": "details.", "kernel": "finder."}.get(part, "network."))}
+        of = {n: w for n, w in layers.items() if n.startswith({"details": "details.", "kernel": "finder.", "mean": "mean."}.get(part, "network."))}
         names = [n for n, w in of.items() if w.ndim > 2] or list(of)
         if not names:
             raise PreflightError(f"the part {part!r} of the loss meets no layer that learns; look at 'frozen', 'model.details' and 'model.find_kernel'")
@@ -317,6 +317,8 @@ def check_before(
         probe.network = perturbed(probe.network)
         if probe.details is not None:
             probe.details = perturbed(probe.details)
+        if probe.mean is not None:
+            probe.mean = perturbed(probe.mean)
         state = start_state(probe, counting)
         at.update(state=state, counting=counting, batch=next(iter(batches(report.dataset.with_seed(config.seed + 2), min(2, own.batch), 0, 1))))
         return f"{sum(p.numel() for p in probe.parameters()) / 1e6:.3g} M parameters, {learning / 1e6:.3g} M of them learn"

@@ -63,6 +63,14 @@ class Tile:
         "How much its result counts; over all tiles of a frame, it sums to 1 at every pixel."
         return self.row_weights[:, None] * self.column_weights
 
+    def grown(self, margin: int, height: int, width: int, scale: int) -> "Tile":
+        "The tile with more of its frame around it, which counts nothing; `scale` result pixels per pixel."
+        top, left = max(self.top - margin, 0), max(self.left - margin, 0)
+        bottom, right = min(self.top + self.height + margin, height), min(self.left + self.width + margin, width)
+        rows = np.pad(self.row_weights, ((self.top - top) * scale, (bottom - self.top - self.height) * scale))
+        columns = np.pad(self.column_weights, ((self.left - left) * scale, (right - self.left - self.width) * scale))
+        return Tile(top, left, bottom - top, right - left, rows, columns)
+
 
 def split(
     height: int, # of the frame

@@ -172,6 +172,10 @@ def check_config(config: TrainConfig) -> None:
             raise TrainingError(f"architecture {config.model.architecture} has no chain: leave out distillation, t, mse_steps and the terms' steps")
     if config.distillation.teacher and config.model.details.kind != "copy":
         raise TrainingError("'distillation' is for models without details; set 'model.details.kind' to copy")
+    if config.model.mean is not None and (config.frozen or config.distillation.teacher):
+        raise TrainingError("'model.mean' learns beside the whole chain: leave it out with 'frozen' or 'distillation'")
+    if config.model.network.stateless and config.t != "last":
+        raise TrainingError("a network that is stateless knows the last step alone: set 't' to last")
 
 
 def changed_key(

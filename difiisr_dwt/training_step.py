@@ -26,11 +26,12 @@ from .discriminator import PatchDiscriminator
 from .distillation import attempt
 from .distributed import Accelerator, lighten, make_accelerator, prepared, share, whole, without_sync
 from .latent_space import LatentSpace
-from .losses import discriminator_loss, r1_penalty, step_weights
-from .models import USE, DetailConfig, RestorationModel, choose_device, find_model, load_model
+from .losses import discriminator_loss, latent_mse, r1_penalty, step_weights
+from .models import USE, DetailConfig, NetworkConfig, RestorationModel, choose_device, find_model, load_model
 from .objective import Term, draw_grain, gradient_norms, make_terms, objective, shares
 from .processes import Stop
 from .train_config import TrainConfig, learning_rate_factor
+from .unet import CompactUNet, without_state
 from .vq import fit_vq
 
 # %% ../nbs/47_training_step.ipynb #34741636
@@ -72,6 +73,8 @@ class TrainingLoss(nn.Module):
         first, second = noise.split([space.codec.channels, noise.shape[1] - space.codec.channels], 1)
         x0, step = space.encode(hr, up), t[:, 0]
         with torch.autocast(hr.device.type, kind, enabled=kind is not None):
+            if model.mean is not None:
+                extra |= {"mean": config.mse * latent_mse(model.mean(first, step, model.condition(up)).float(), x0, self.band_weights)}
             if teacher is not None:
                 options = config.distillation
                 prediction, x0, step, more = attempt(
@@ -216,10 +219,10 @@ def initial_model(
         elif not config.initial or model.details is not None:
             model.measure(_pairs(config, dataset, config.sigma_batches))
         if config.initial:
-            _take_over(model, config)
+            _take_over(model, config, dataset)
     for part_, trained in ((model, False), (model.network, not config.frozen), (model.latent_space.codec, config.train_codec)):
         part_.requires_grad_(trained)
-    for part_ in (model.details, model.finder):
+    for part_ in (model.details, model.finder, model.mean):
         if part_ is not None:
             part_.requires_grad_(True)
     return model
@@ -231,21 +234,39 @@ def _pairs(config: TrainConfig, dataset: PairDataset, count: int) -> Iterator[tu
         yield batch["hr"], upsample_crop(batch["lr"], config.model.scale)
 
 
-def _take_over(model: RestorationModel, config: TrainConfig) -> None:
-    "Fill a model from that of `initial`, which may lack the details and the finder, and may not have been told kernels."
+def _take_over(model: RestorationModel, config: TrainConfig, dataset: PairDataset) -> None:
+    """Fill a model from that of `initial`, which may lack the details and the finder, may not have been told kernels, and may be
+    a chain where the model is to predict the mean alone."""
     other, _ = load_model(find_model(config.initial))
-    same = {name: getattr(config.model, name) for name in ("details", *USE, *([] if other.config.kernels else ["kernels"]), *([] if other.config.find_kernel else ["find_kernel"]))}
+    alone = config.model.network.stateless and not other.config.network.stateless
+    mean = model.network if alone else model.mean
+    if mean is not None:
+        wanted = config.model.network if alone else config.model.mean
+        mean.load_state_dict(_mean_of(other, wanted, config, dataset).state_dict())
+    same = {name: getattr(config.model, name) for name in ("details", "mean", *USE, *(["network"] if alone else []), *([] if other.config.kernels else ["kernels"]), *([] if other.config.find_kernel else ["find_kernel"]))}
     if dataclasses.replace(other.config, **same) != config.model:
         raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
     if other.config.details not in (config.model.details, DetailConfig()):
         raise TrainingError(f"{config.initial}: it has other details than 'model.details'; take over {resolved(other.config.details)}")
-    model.load_state_dict(model.state_dict() | other.state_dict())
+    own = model.state_dict()
+    model.load_state_dict(own | {k: v for k, v in other.state_dict().items() if k in own and not k.startswith(("network.", "mean.") if alone else "mean.")})
+
+
+def _mean_of(other: RestorationModel, wanted: NetworkConfig, config: TrainConfig, dataset: PairDataset) -> CompactUNet:
+    "The stateless network that a chain's model brings along, or one that is made of its own with the statistics of a few batches."
+    if other.mean is not None and other.config.mean == wanted:
+        return other.mean
+    hr, up = (torch.cat(images) for images in zip(*_pairs(config, dataset, max(1, 32 // config.batch)), strict=True))
+    schedule, space = other.schedule, other.latent_space
+    t, noise = torch.full((len(up),), schedule.steps - 1), torch.randn(other.noise_shape(up))
+    x_t = schedule.q_sample(space.encode(hr, up), space.prior(up), t, noise)
+    return without_state(other.network, schedule.scale_input(x_t, t), t, other.condition(up), wanted.more)
 
 
 def _teacher_of(model: RestorationModel, config: TrainConfig, device: torch.device | str = "cpu") -> RestorationModel:
     "The teacher of a distillation, which speaks of the same latent."
     teacher = load_model(find_model(config.distillation.teacher), device)[0]
-    own = {name: getattr(model.config, name) for name in ("architecture", "network", "swin", *USE)}
+    own = {name: getattr(model.config, name) for name in ("architecture", "network", "mean", "swin", *USE)}
     if dataclasses.replace(teacher.config, **own) != model.config:
         raise TrainingError(
             f"{config.distillation.teacher}: latent and chain of the teacher differ from 'model'; take over {resolved(teacher.config)}"
@@ -273,7 +294,9 @@ def start_state(
         for name, value in teacher.latent_space.state_dict().items():
             if not torch.equal(value, model.latent_space.state_dict()[name]):
                 raise TrainingError(f"{config.distillation.teacher}: other deviations than those of {config.initial}; start from the teacher")
-    lighten(model.network, config)
+    for network in (model.network, model.mean):
+        if network is not None:
+            lighten(network, config)
     loss = prepared(TrainingLoss(model, config, discriminator, teacher), config, accelerator)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(

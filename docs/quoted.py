@@ -196,8 +196,8 @@ def configured(key: str, model: str = "compact") -> Any:
 
 
 def parameters(model: str = "compact") -> int:
-    """Parameters of a shipped model's network, as its file's header tells."""
-    shapes = [entry["shape"] for name, entry in _header(model).items() if name != "__metadata__" and name.startswith("network.")]
+    """Parameters of a shipped model's networks for chain and mean, as its file's header tells."""
+    shapes = [entry["shape"] for name, entry in _header(model).items() if name != "__metadata__" and name.startswith(("network.", "mean."))]
     return sum(functools.reduce(lambda a, b: a * b, shape, 1) for shape in shapes)
 
 

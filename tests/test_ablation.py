@@ -137,7 +137,8 @@ def test_swap(tmp_path):
     for name, value in shipped.network.state_dict().items():
         assert torch.equal(value, db2.network.state_dict()[name]), name
     assert not torch.equal(shipped.latent_space.sigma, db2.latent_space.sigma)  # measured again
-    assert tuned.config == used_as(db2.config, tuned.config) and not torch.equal(tuned.network.last.weight, db2.network.last.weight)
+    assert tuned.config == used_as(db2.config, tuned.config)
+    assert not torch.equal(tuned.network.last.weight, db2.network.last.weight)
     bands = json.loads((results["swap-haar"].run_dir / "metrics.json").read_text())["tables"][0]["rows"]
     assert all(row[1:] == [1.0, 1.0, 1.0] for row in bands)
     verdict = json.loads((results["ablation"].run_dir / "metrics.json").read_text())
@@ -177,8 +178,9 @@ def test_files(file):
 
 
 def used_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
-    """The configuration, sampled as the other is: how a model is best used is no part of what a training takes over."""
-    return dataclasses.replace(config, **{key: getattr(other, key) for key in USE if key != "max_steps"})
+    """The configuration, sampled as the other is: how a model is best used is no part of what a training takes over, and the network
+    of a single step only where it is asked for."""
+    return dataclasses.replace(config, mean=other.mean, **{key: getattr(other, key) for key in USE if key != "max_steps"})
 
 
 def configured(params: dict) -> TrainConfig:

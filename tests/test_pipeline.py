@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,19 @@ def test_image_in_image_out(resolver):
 def test_impossible_requests(resolver, options, words):
     with pytest.raises(ModelError, match=words):
         resolver.upscale(scene(8, 8), **options)
+
+
+def test_samples_that_are_all_alike(tmp_path):
+    """A network for the mean hears no noise, so several samples of its single step tell nothing; those of the chain beside it do."""
+    tiny = NetworkConfig(channels=(8, 8), blocks=1)
+    model = RestorationModel(ModelConfig(network=tiny, mean=replace(tiny, stateless=True)))
+    for parameter in model.parameters():  # beginning at zero, neither changes anything
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_model(tmp_path / "both.safetensors", model)
+    resolver, image = SuperResolver.from_pretrained(tmp_path / "both.safetensors", device="cpu"), ThermalImage.from_native(scene(12, 9))
+    with pytest.raises(ModelError, match="samples of 1 step are all alike"):
+        resolver.upscale_samples(image, 2, 1)
+    assert resolver.upscale_samples(image, 2, 2)[1].max() > 0
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.uint8), np.zeros((4, 4), np.int32), np.zeros((4, 4), bool)])

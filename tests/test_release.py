@@ -1,4 +1,5 @@
 """The files that the shipped models were made by, and the one that makes them learn another camera, go on from shipped weights."""
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("file, name", [
-    ("release", "compact"), ("release", "compact-open"), ("release", "robust-finder-begin"), ("release", "robust-network"), ("release", "robust"),
+    ("release", "compact"), ("release", "compact-mean"), ("release", "compact-open"),
+    ("release", "robust-finder-begin"), ("release", "robust-network"), ("release", "robust"),
     ("release", "compact-1step"),
     ("fine_tune", ""),
 ])  # fmt: skip
@@ -30,8 +32,14 @@ def test_goes_on_from_shipped_weights(tmp_path, file, name):
     assert found["psnr_1"] > found["psnr_bicubic"], "the shipped weights are where it began"
     model, info = load_model(tmp_path / "model.safetensors")
     assert info["training"]["initial"] == "compact" and (config.error_of == "image") != config.frozen
-    before = load_model(find_model("compact"))[0].network.first.weight
-    assert torch.equal(model.network.first.weight, before) == config.frozen
+    before = load_model(find_model("compact"))[0]
+    if config.model.network.stateless and before.mean is not None:
+        assert not torch.equal(model.network.first.weight, before.mean.first.weight)
+        torch.testing.assert_close(model.network.first.weight, before.mean.first.weight, rtol=0, atol=0.02)
+    else:
+        assert torch.equal(model.network.first.weight, before.network.first.weight) == config.frozen
+    if model.mean is not None:
+        assert not torch.equal(model.mean.first.weight, before.mean.first.weight)
     if name in available_models():  # and the shipped file is of that kind
         shipped = load_model(find_model(name))[0]
-        assert shipped.config == model.config and shipped.max_steps == model.max_steps
+        assert dataclasses.replace(shipped.config, mean=model.config.mean) == model.config and shipped.max_steps == model.max_steps
