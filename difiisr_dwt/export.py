@@ -42,7 +42,7 @@ class Unrolled(nn.Module):
             raise ModelError("only models whose codec diffuses all bands, or copies the others, can be exported; this one finds details")
         schedule = model.chain(steps, sampler)
         self.model, self.upsample = model, PhaseUpsample(model.config.scale)
-        self.told, self.sampler, self.alone = bool(model.config.kernels), sampler, steps == 1 and model.mean is not None
+        self.told, self.sampler = bool(model.config.kernels), sampler
         self.first = float(schedule.kappa * schedule.sqrt_etas[-1])  # deviation of x_T
         divisors = torch.sqrt(schedule.kappa**2 * schedule.etas + 1)
         self.rows = []
@@ -53,9 +53,7 @@ class Unrolled(nn.Module):
         self.schedule = schedule
 
     def forward(self, lr: Tensor, noise: Tensor, kernel: Tensor | None = None) -> Tensor:
-        up, space, network = self.upsample(lr), self.model.latent_space, self.model.network
-        if self.alone:
-            network = self.model.mean
+        up, space, network = self.upsample(lr), self.model.latent_space, self.model.network_of(len(self.rows))
         y, condition = space.prior(up), self.model.condition(up)
         options = {"kernel": kernel} if self.told else {}
         x = y + self.first * noise[:1]

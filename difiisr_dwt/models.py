@@ -9,7 +9,6 @@ __all__ = ['USE', 'SAMPLERS', 'DETAILS', 'CONDITIONS', 'ARCHITECTURES', 'UNKNOWN
 
 # %% ../nbs/40_models.ipynb #bf9d20db
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -124,14 +123,12 @@ class RestorationModel(nn.Module):
             raise ValueError("find_kernel is for a model that can be told a kernel: name several as kernels")
         if config.network.stateless and config.max_steps != 1:
             raise ValueError("a stateless network knows no chain: set max_steps to 1")
-        if config.mean and not config.mean.stateless:
-            raise ValueError("the network for the mean has to be stateless: set mean.stateless to true")
-        if config.mean and (config.kernels or config.architecture != "compact"):
-            raise ValueError("a network for the mean stands beside that of architecture compact, told no kernel: leave mean out")
+        if config.mean and (not config.mean.stateless or config.kernels or config.architecture != "compact"):
+            raise ValueError("a network for the mean has mean.stateless true, and stands beside that of architecture compact, told no kernel: change or leave out mean")
         check_alone(config, ModelConfig())
         self.config, self.schedule = config, config.schedule  # the chain that the network was trained on
-        rows = [1 + config.kernels.index(name) if name in config.kernels else 0 for name in DEGRADATIONS]
-        self.register_buffer("kernel_rows", torch.tensor([*rows, 0]), persistent=False)  # place in `DEGRADATIONS` to what is told
+        rows = [1 + config.kernels.index(name) if name in config.kernels else 0 for name in DEGRADATIONS] + [0]
+        self.register_buffer("kernel_rows", torch.tensor(rows), persistent=False)  # place in `DEGRADATIONS` to what is told
         config.schedule.respace(1, config.rho)  # refuses what it cannot do
         self.finder = KernelFinder(len(config.kernels)) if config.find_kernel else None
         codec = _codec_of(config, weights)
@@ -171,9 +168,13 @@ class RestorationModel(nn.Module):
         "The most steps that `restore` takes."
         return 1 if self.config.architecture in BASELINES else self.config.max_steps or self.schedule.steps
 
+    def network_of(self, steps: int) -> nn.Module:
+        "Which network is asked in a chain of so many steps."
+        return self.mean if steps == 1 and self.mean is not None else self.network
+
     def is_random(self, steps: int) -> bool:
         "Whether results of so many steps differ with the noise."
-        return not (self.config.architecture in BASELINES or self.config.network.stateless or (steps == 1 and self.mean is not None))
+        return self.config.architecture not in BASELINES and not getattr(self.network_of(steps), "stateless", False)
 
     @property
     def factor(self) -> int:
@@ -244,6 +245,7 @@ class RestorationModel(nn.Module):
         lr: Tensor | None = None,  # the LR itself, [B, 1, h, w], for networks that read it
         kernel: Kernel = None,  # how it was made
         moments: Moments | None = None,  # for the compact network, see `unet`
+        network: nn.Module | None = None,  # in place of the chain's
     ) -> Denoiser:
         "The network as samplers and losses call it, `(scaled x_t, t) -> x0`, with all that it sees beside the state."
         if self.config.architecture in BASELINES:
@@ -254,7 +256,7 @@ class RestorationModel(nn.Module):
             return lambda *_: x0
         condition, told = self.condition(up), self.told(kernel, len(up))
         options = {key: value for key, value in {"kernel": told, "moments": moments}.items() if value is not None}
-        return lambda x, t: self.network(x, t, condition, **options)
+        return lambda x, t: (network or self.network)(x, t, condition, **options)
 
     def predict(self, x0: Tensor, up: Tensor, t: Tensor, noise: Tensor, lr: Tensor | None = None, kernel: Kernel = None) -> Tensor:
         "x0 as the network sees it from step t of the forward chain: what training compares with x0."
@@ -295,9 +297,8 @@ class RestorationModel(nn.Module):
     ) -> Tensor:  # SR, [B, 1, H, W], not clipped
         "Run the reverse chain; raises `ModelError` as `check` does."
         self.check(steps, sampler)
-        denoise, schedule, channels = self.denoiser(up, lr, kernel, moments), self.chain(steps, sampler), self.latent_space.codec.channels
-        if steps == 1 and self.mean is not None:
-            denoise = functools.partial(self.mean, condition=self.condition(up), moments=moments)
+        denoise, schedule = self.denoiser(up, lr, kernel, moments, self.network_of(steps)), self.chain(steps, sampler)
+        channels = self.latent_space.codec.channels
 
         def noise(part: slice) -> Callable[[], Tensor] | None:
             return (lambda: noise_sampler()[:, part]) if noise_sampler else None
@@ -360,8 +361,7 @@ def load_model(
         raise ModelError(f"{path}: no such model file") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
-    header = json.loads(metadata.get("difiisr_dwt", "{}"))
-    if header.get("format") != 1 or "info" not in header:
+    if (header := json.loads(metadata.get("difiisr_dwt", "{}"))).get("format") != 1 or "info" not in header:
         raise ModelError(f"{path}: not a model of difiisr_dwt; train one, or name a shipped model")
     try:
         model = RestorationModel(configure(ModelConfig, header["config"], str(path)), weights=False)
