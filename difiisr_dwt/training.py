@@ -286,15 +286,21 @@ def _loop(
 @contextlib.contextmanager
 def _told(run_dir: Path, workers: int) -> Iterator[None]:
     "A sentence where the disk is full, or a process that prepares samples dies; torch says the latter at any moment, by a signal's handler."
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
     try:
-        yield
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            if workers and getattr(error, "errno", None) not in full:
+                time.sleep(5)  # a pipe closes before its process is dead: the handler speaks here, not amid what follows
+            raise
     except (OSError, EOFError, RuntimeError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        if getattr(error, "errno", None) in full:
             raise TrainingError(f"{run_dir}: the run cannot be written ({error.strerror}); make room and start again, {what_is_left(run_dir)}") from None
         if not (workers and (isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error))):
             raise
         raise TrainingError(
-            f"a process that prepares samples died ({str(error).splitlines()[0]}); lower 'workers' or look at the memory; {what_is_left(run_dir)}"
+            f"a process that prepares samples died ({str(error).partition(chr(10))[0] or type(error).__name__}); lower 'workers' or look at the memory; {what_is_left(run_dir)}"
         ) from None
 
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,7 @@ from difiisr_dwt.configuration import configure
 from difiisr_dwt.images import ThermalImage, write_image
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.train_config import TrainConfig
-from difiisr_dwt.training import train
+from difiisr_dwt.training import _told, train
 
 CONFIG = {
     "train": ["scenes:3"], "validation": ["scenes:1@1000000"], "validation_images": 1, "crop": 64, "batch": 2, "iterations": 12,
@@ -139,6 +140,25 @@ def test_a_loader_worker_is_killed(tmp_path):
     reached = read_checkpoint(tmp_path)[1]["iteration"]
     with pytest.raises(Stopped):
         train(configuration(iterations=400, validate_every=400), tmp_path, stop_at(reached + 2))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_pipe_closes_before_its_process_is_dead(tmp_path, monkeypatch):
+    """torch's handler, which speaks up to seconds later, speaks within the sentence, not amid what follows; without it there is a sentence, too."""
+    def handler(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(TrainingError, match=r"died \(DataLoader worker \(pid 7\) is killed"), _told(tmp_path, 1):
+            raise EOFError
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(TrainingError, match=r"died \(EOFError\); lower 'workers'"), _told(tmp_path, 1):
+        raise EOFError
 
 
 def test_other_data(tmp_path):
