@@ -24,18 +24,20 @@ def latent_mse(
     x0: Tensor,  # whitened latent, same shape
     band_weights: Tensor | None = None,  # [C], one per band, not all zero; equal where None
     step_weights: Tensor | None = None,  # [B], of the step of each image, such as `kl_weights(schedule)[t]`; ones where None
+    floor: float | None = None,  # not None: of each image's error, this added, the logarithm
 ) -> Tensor:  # scalar
     "Mean squared error of the latent, weighted by band, Σ w·e² / Σ w, and by step (arXiv 2307.12348, equation 8)."
     error = (prediction - x0).square()
-    if band_weights is None and step_weights is None:
+    if band_weights is None and step_weights is None and floor is None:
         return error.mean()
     error = error.mean((2, 3))
     if band_weights is not None:
         weights = band_weights.to(error)
         error = error * (weights * (len(weights) / weights.sum()))
-    if step_weights is not None:
-        error = error * step_weights.to(error)[:, None]
-    return error.mean()
+    error = error.mean(1)
+    if floor is not None:
+        error = (error + floor).log()
+    return error.mean() if step_weights is None else (error * step_weights.to(error)).mean()
 
 
 def kl_weights(

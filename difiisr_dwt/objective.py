@@ -125,11 +125,12 @@ def objective(
     band_weights: Tensor | None = None,  # [C], of the squared error
     mse_weights: Tensor | None = None,  # [T], of the squared error
     mse: float = 1.0,  # weight of the squared error
+    floor: float | None = None,  # of the squared error's logarithm, see `losses.latent_mse`
     grain: Tensor | None = None,  # [B, 1, H, W] white noise of deviations between 0 and 1, see `draw_grain`
 ) -> dict[str, Tensor]:  # weighted scalars that sum to the loss: "mse", and one for each term that counts
     "The loss of a prediction, part by part."
     at = None if mse_weights is None else mse_weights[t]
-    parts = {"mse": mse * latent_mse(prediction, x0, band_weights, at)}
+    parts = {"mse": mse * latent_mse(prediction, x0, band_weights, at, floor)}
     counting = [(term, weight) for term in terms if (weight := term.weight(iteration, iterations))]
     if not counting:
         return parts

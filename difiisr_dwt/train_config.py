@@ -88,7 +88,7 @@ class TrainConfig:
     mse: float = 1.0  # weight of the latent's squared error
     mse_steps: str = "all"  # its weight per step of the chain, a key of `losses.STEP_WEIGHTS`
     band_weights: tuple[float, ...] = ()  # and per whitened band; empty for ones
-    error_of: str = "latent"  # the whitened bands alike, or "image": each by its σ², as an orthonormal codec's image has it
+    error_of: str = "latent"  # the whitened bands alike, or "image": each by its σ², as an orthonormal codec's image has it; "psnr": of that each image's logarithm
     terms: dict = field(default_factory=dict)  # further terms on the decoded image: name to `objective.TermConfig` or weight
     sam_checkpoint: str = ""  # file of the term "sam"
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -135,7 +135,7 @@ MAY_CHANGE = (  # between a run and its continuation
 def check_config(config: TrainConfig) -> None:
     "Raise `TrainingError` for values that contradict themselves or each other."
     for key, known in (
-        ("error_of", ("latent", "image")), ("t", ("uniform", "last", "half_last")), ("decay", DECAYS),
+        ("error_of", ("latent", "image", "psnr")), ("t", ("uniform", "last", "half_last")), ("decay", DECAYS),
         ("precision", ("float32", "bfloat16", "float16")), ("best", BEST),
         ("memory_format", ("auto", "contiguous", "channels_last")),
     ):

@@ -35,6 +35,9 @@ from .unet import CompactUNet, without_state
 from .vq import fit_vq
 
 # %% ../nbs/47_training_step.ipynb #34741636
+_ROUNDING = (2 / 255) ** 2 / 12  # squared error of 8 bits, of images in [-1, 1]
+
+
 class TrainingLoss(nn.Module):
     "A model with all that it is judged by."
 
@@ -50,6 +53,8 @@ class TrainingLoss(nn.Module):
         device = next(model.parameters()).device
         self.terms: list[Term] = make_terms(config.terms, model.schedule, device, config.sam_checkpoint, discriminator)
         self.band_weights = loss_weights(model.latent_space, config)
+        unit = self.band_weights.mean() * model.latent_space.sigma.square().mean()  # of the loss, as an error of the image
+        self.floor = (_ROUNDING / unit).item() if config.error_of == "psnr" else None
         self.mse_weights = None if config.mse_steps == "all" else step_weights(model.schedule, config.mse_steps).to(device)
         self.beside = (teacher,)  # not a part of this module: nobody trains or shards it
 
@@ -74,7 +79,7 @@ class TrainingLoss(nn.Module):
         x0, step = space.encode(hr, up), t[:, 0]
         with torch.autocast(hr.device.type, kind, enabled=kind is not None):
             if model.mean is not None:
-                extra |= {"mean": config.mse * latent_mse(model.mean(first, step, model.condition(up)).float(), x0, self.band_weights)}
+                extra |= {"mean": config.mse * latent_mse(model.mean(first, step, model.condition(up)).float(), x0, self.band_weights, floor=self.floor)}
             if teacher is not None:
                 options = config.distillation
                 prediction, x0, step, more = attempt(
@@ -90,7 +95,7 @@ class TrainingLoss(nn.Module):
             return extra, prediction
         parts = objective(
             prediction, x0, step, hr, up, space, self.terms, iteration, config.iterations,
-            band_weights=self.band_weights, mse_weights=self.mse_weights, mse=config.mse, grain=grain,
+            band_weights=self.band_weights, mse_weights=self.mse_weights, mse=config.mse, floor=self.floor, grain=grain,
         )
         return parts | extra, prediction
 
@@ -100,7 +105,7 @@ def loss_weights(space: LatentSpace, config: TrainConfig) -> Tensor:
     if config.band_weights and len(config.band_weights) != space.codec.channels:
         raise TrainingError(f"'band_weights' must be {space.codec.channels} numbers, one per latent channel, not {len(config.band_weights)}")
     weights = space.loss_weights(config.band_weights)
-    return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of == "image" else weights
+    return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of in ("image", "psnr") else weights
 
 
 def draw_chain(
@@ -235,14 +240,14 @@ def _pairs(config: TrainConfig, dataset: PairDataset, count: int) -> Iterator[tu
 
 
 def _take_over(model: RestorationModel, config: TrainConfig, dataset: PairDataset) -> None:
-    """Fill a model from that of `initial`, which may lack the details and the finder, may not have been told kernels, and may be
-    a chain where the model is to predict the mean alone."""
+    """Fill a model from that of `initial`, which may lack the details and the finder, may not have been told kernels, and where the
+    model is to predict the mean alone may be a chain, or have fewer blocks."""
     other, _ = load_model(find_model(config.initial))
-    alone = config.model.network.stateless and not other.config.network.stateless
+    alone = config.model.network.stateless
     mean = model.network if alone else model.mean
     if mean is not None:
         wanted = config.model.network if alone else config.model.mean
-        mean.load_state_dict(_mean_of(other, wanted, config, dataset).state_dict())
+        mean.load_state_dict(mean.state_dict() | _mean_of(other, wanted, config, dataset).state_dict())  # blocks more do nothing yet
     same = {name: getattr(config.model, name) for name in ("details", "mean", *USE, *(["network"] if alone else []), *([] if other.config.kernels else ["kernels"]), *([] if other.config.find_kernel else ["find_kernel"]))}
     if dataclasses.replace(other.config, **same) != config.model:
         raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
@@ -253,9 +258,14 @@ def _take_over(model: RestorationModel, config: TrainConfig, dataset: PairDatase
 
 
 def _mean_of(other: RestorationModel, wanted: NetworkConfig, config: TrainConfig, dataset: PairDataset) -> CompactUNet:
-    "The stateless network that a chain's model brings along, or one that is made of its own with the statistics of a few batches."
-    if other.mean is not None and other.config.mean == wanted:
-        return other.mean
+    """The stateless network of a model, perhaps of fewer blocks than wanted, or one that is made of its chain's with the statistics
+    of a few batches."""
+    own = other.config.network.stateless
+    brought, size = (other.network, other.config.network) if own else (other.mean, other.config.mean)
+    if size is not None and dataclasses.replace(wanted, more=min(wanted.more, size.more)) == size:
+        return brought
+    if own:
+        raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
     hr, up = (torch.cat(images) for images in zip(*_pairs(config, dataset, max(1, 32 // config.batch)), strict=True))
     schedule, space = other.schedule, other.latent_space
     t, noise = torch.full((len(up),), schedule.steps - 1), torch.randn(other.noise_shape(up))

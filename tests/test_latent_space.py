@@ -81,6 +81,14 @@ def test_loss_weights():
     w = loss_weights(space, TrainConfig(error_of="image"))
     error = latent_mse(guess, space.encode(hr, up), w) * w.mean() * space.sigma.square().mean()
     torch.testing.assert_close(error, (space.decode(guess, up) - hr).square().mean())
+    # and the loss of error_of "psnr" is the mean logarithm of each image's error and what rounding adds to it
+    model = RestorationModel(ModelConfig(network=TINY))
+    model.measure([(hr, up)])
+    steps, noise = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(model.noise_shape(up))
+    parts, guess = TrainingLoss(model, TrainConfig(model=model.config, error_of="psnr"))(hr, up, steps, noise, 0)
+    errors = (model.latent_space.decode(guess, up) - hr).square().mean((1, 2, 3)) + (2 / 255) ** 2 / 12
+    unit = loss_weights(model.latent_space, TrainConfig(error_of="psnr")).mean() * model.latent_space.sigma.square().mean()
+    torch.testing.assert_close(parts["mse"], (errors / unit).log().mean())
     for wrong, words in (({"error_of": "pixels"}, "error_of"), ({"band_weights": (1.0, 2.0)}, "must be 16 numbers")):
         with pytest.raises(TrainingError, match=words):
             check_config(TrainConfig(**wrong))

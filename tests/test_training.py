@@ -16,6 +16,7 @@ from difiisr_dwt.checkpoints import TrainingError, checkpoint_files, read_checkp
 from difiisr_dwt.configuration import configure
 from difiisr_dwt.datasets import DataError, batches, degrade
 from difiisr_dwt.images import ThermalImage, write_image
+from difiisr_dwt.models import load_model, save_model
 from difiisr_dwt.thermal_scenes import render_scene
 from difiisr_dwt.train_config import TrainConfig
 from difiisr_dwt.training import train, training_data
@@ -148,6 +149,33 @@ def test_a_told_kernel_is_learnt(tmp_path):
     train(plain, tmp_path / "plain")
     taken = configure(TrainConfig, CONFIG | {"model": model, "initial": str(tmp_path / "plain" / "model.safetensors")})
     assert not initial_model(taken, training_data(taken)).network.kernel.weight.any()
+
+
+def test_a_mean_is_taken_over_and_grows(tmp_path):
+    """The stateless network that stands beside a chain goes on alone, bit by bit the same, with blocks more too; with fewer it is made anew."""
+    mean = CONFIG["model"]["network"] | {"stateless": True, "more": 1}
+    config = configure(TrainConfig, CONFIG | {"model": CONFIG["model"] | {"mean": mean}, "iterations": 3, "validate_every": 3})
+    train(config, tmp_path)
+    learnt = load_model(tmp_path / "model.safetensors")[0].mean
+    up = torch.rand((1, 1, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def taken(more):
+        model = CONFIG["model"] | {"network": mean | {"more": more}, "max_steps": 1}
+        alone = configure(TrainConfig, CONFIG | {"model": model, "initial": str(tmp_path / "model.safetensors"), "t": "last"})
+        return initial_model(alone, training_data(alone))
+
+    condition = taken(1).condition(up)
+
+    def guess(network):
+        return network(torch.zeros_like(condition), torch.zeros(1, dtype=torch.int64), condition)
+
+    assert torch.equal(guess(taken(1).network), guess(learnt)) and torch.equal(guess(taken(3).network), guess(learnt))
+    assert len(taken(3).network.up[0]) == len(learnt.up[0]) + 2
+    assert not torch.equal(guess(taken(0).network), guess(learnt))
+    save_model(tmp_path / "model.safetensors", taken(1), {})  # one without a chain
+    assert torch.equal(guess(taken(3).network), guess(learnt))
+    with pytest.raises(TrainingError, match="its configuration differs"):
+        taken(0)
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, {1, 2}), (1.0, {0})])
