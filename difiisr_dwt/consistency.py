@@ -212,7 +212,7 @@ def _into_range(x: Tensor, lr: Tensor, kernel: str, top: float, scale: int) -> T
     def columns(y: Tensor) -> Tensor: return _rows(up_x, y.mT).mT[0]
 
     ahead, share = x, _rows(up_y, torch.ones_like(lr))
-    while len(history) < 17 or history[-1] < .9 * history[-17]: # it gets nearer
+    while len(history) < 49 or history[-1] < .9 * history[-49]: # it gets nearer, momentum not at every step
         between = lines(ahead)
         residual = _open(lr - _rows(down_y, between.clamp(*ends)), lr, (0, top))
         history.append(float(residual.abs().max()))

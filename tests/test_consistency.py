@@ -153,6 +153,19 @@ def test_counts_are_consistent(kernel, top, seed, contrast, height, width):
 
 
 @kernels
+def test_what_is_saturated_is_filled(kernel):
+    """A hot region, clipped in LR, that the result does not quite fill: momentum gets there, though not nearer at every step."""
+    y, x = torch.meshgrid(torch.arange(160.), torch.arange(160.), indexing='ij')
+    for radius, off, seed in ((240, 1000, 2), (60, 300, 2), (240, 300, 3)):
+        hr = (1.3 - ((y - 80) ** 2 + (x - 80) ** 2).sqrt() / radius).clamp(0, 1).double()
+        lr = (65535 * downsample(hr[None, None], kernel, 4, 65535)[0, 0]).round()
+        waves = torch.randn(1, 1, 40, 40, generator=torch.Generator().manual_seed(seed))
+        sr = 65535 * hr + off * torch.nn.functional.interpolate(waves, size=(160, 160), mode='bicubic')[0, 0].double()
+        counts = consistent_counts(sr, lr, kernel, 65535)
+        assert deviation(counts, lr, kernel, 65535).abs().max() <= .5 and (lr == 65535).sum() >= 50
+
+
+@kernels
 def test_nothing_is_moved_without_need(kernel):
     truth = (scene(96, 80, 3, .5) * 255).round()
     z = consistent_counts(truth, through_file(truth, kernel, 255), kernel, 255)
