@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import Item, cache_folder, cached_frames, file_marks, source_hash
@@ -84,15 +84,22 @@ def _window(array: np.ndarray, row: int, column: int, size: int) -> np.ndarray:
     return array[rows[:, None], columns]
 
 
-def _somewhere(array: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+def _place(places: int, alone: bool, random: np.random.Generator) -> int:
+    "One of 0 … places - 1; for what is alone in a third of the draws the first or the last, lest a frame's borders be rare."
+    beyond = places // 4 if alone else 0
+    return int(random.integers(-beyond, places + beyond).clip(0, places - 1))
+
+
+def _somewhere(array: np.ndarray, size: int, alone: bool, random: np.random.Generator) -> np.ndarray:
     "A square part, float32, of any place in an array; where the array is smaller, around it."
-    row, column = (int(random.integers(min(0, n - size) // 2, max(0, n - size) + 1)) for n in array.shape)
+    row, column = (low + _place(max(0, n - size) + 1 - low, alone, random) for n in array.shape for low in [min(0, n - size) // 2])
     return _window(array, row, column, size).astype(np.float32)
 
 
 class PairDataset(Dataset):
     """Crops of frame pairs: item i holds `hr` [1, crop, crop] and `lr` [1, crop/scale + 2·MARGIN, …], normalized to [-1, 1],
-    and `kernel`, int64 [], the place in `DEGRADATIONS` of what made LR.
+    and `kernel`, int64 [], the place in `DEGRADATIONS` of what made LR; with a share of `whole` ones, also `whole`, bool [],
+    whether LR ends with the crop, and its margin says nothing.
 
     Frames are held in their own dtype, in memory or in a file that all processes map. Raises one `DataError` that names
     every frame of every source that cannot be used, and one for a source that has no frame as large as the crop.
@@ -112,6 +119,7 @@ class PairDataset(Dataset):
         contrast: float = 0.0,  # largest relative change of contrast, 0 ≤ contrast < 1
         cameras: float = 0.0,  # share of the samples that another camera is made to take before LR is made, see `sensor.other_camera`
         enlarged: float = 0.0,  # share of the samples that are made up to twice as large before LR is made
+        whole: float = 0.0,  # share of the samples that are frames of their own: LR is made of the crop alone
         cache: str | Path = "",  # folder of mapped files, 'auto' for the user's own (see `cache_folder`), '' for memory
     ):
         if crop % scale:
@@ -120,6 +128,12 @@ class PairDataset(Dataset):
             raise DataError(f"brightness {brightness} must be at least 0, contrast {contrast} from 0 to below 1")
         if not (0 <= cameras and 0 <= enlarged and cameras + enlarged <= 1):
             raise DataError(f"cameras and enlarged must be shares from 0 to 1, together too, not {cameras} and {enlarged}")
+        chains = [name for name in check_kernels(kernel) if name in CHAINS]
+        if not 0 <= whole <= 1:
+            raise DataError(f"whole must be a share from 0 to 1, not {whole}")
+        if whole and chains:
+            raise DataError(f"whole is for kernels, and {', '.join(chains)} sees what lies around a crop; set whole to 0 or leave it out of kernel")
+        self.whole = whole
         self.kernels, self.scale, self.crop, self.seed, self.augment = check_kernels(kernel), scale, crop, seed, augment
         self.length, self.brightness, self.contrast, self.cameras, self.enlarged = length, brightness, contrast, cameras, enlarged
         self.shares = _shares(weights, len(sources))
@@ -141,8 +155,8 @@ class PairDataset(Dataset):
         found = find_frames(source, self.kernels, self.scale)
         made = [kernel for kernel in DEGRADATIONS if kernel in self.kernels]
         hr, lr = ([getattr(f, part) for f in found if isinstance(getattr(f, part), Path)] for part in ("hr", "lr"))
-        if lr and (self.cameras or self.enlarged):
-            raise DataError(f"{source}: has LR of its own, which no other camera can take, and which cannot be enlarged; set cameras and enlarged to 0")
+        if lr and (self.cameras or self.enlarged or self.whole):
+            raise DataError(f"{source}: has LR of its own, but with cameras, enlarged and whole LR is made here; set cameras, enlarged and whole to 0")
         key = (_FORMAT, source_hash(degrade), file_marks(hr) if hr else str(source))
         keys = {"hr": key} | {kernel: (*key, self.scale, file_marks(lr) if lr else kernel) for kernel in made}
         items = cached_frames(folder, keys, lambda kinds: _items(found, kinds, self.scale))
@@ -185,7 +199,8 @@ class PairDataset(Dataset):
         items, kernel = self.items[source], self.kernels[int(self._draw(i, 2).integers(len(self.kernels)))]
         (hr, shown), (lr, info) = items["hr"][frame], items[kernel][frame]
         scale, size, random = self.scale, self.crop // self.scale, self._draw(i, 1)
-        row, column = (int(random.integers(0, n // scale - size + 1)) for n in hr.shape)
+        alone = bool(self.whole) and self._draw(i, 6).random() < self.whole  # and ends where the crop does
+        row, column = (_place(n // scale - size + 1, alone, random) for n in hr.shape)
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
         edge = scale * (MARGIN + CONTEXT)
         wide = self.crop + 2 * edge  # LR may be made here, from the HR crop and its surroundings
@@ -193,9 +208,10 @@ class PairDataset(Dataset):
         changed = chance < self.cameras + self.enlarged
         made_here = changed or kernel in CHAINS
         if changed:
-            lr = self._elsewhere(hr, wide, shown["seen"], another) if chance < self.cameras else self._enlarged(hr, wide, another)
+            side = self.crop if alone else wide
+            lr = self._elsewhere(hr, side, alone, shown["seen"], another) if chance < self.cameras else self._enlarged(hr, side, alone, another)
             lr = lr.round() if limits else lr
-            hr = lr[edge:-edge, edge:-edge]
+            hr = lr if alone else lr[edge:-edge, edge:-edge]
         else:
             if made_here:  # turned before: a sensor's columns stay upright
                 lr = _window(hr, row * scale - edge, column * scale - edge, wide)
@@ -209,23 +225,26 @@ class PairDataset(Dataset):
         if kernel in CHAINS:
             seed = int(self._draw(i, 3).integers(2**63 - 1))
             lr = CHAINS[kernel](lr, seed, scale, *info["chain"], (limits.min, limits.max) if limits else None)
-        elif made_here:
+        elif made_here or alone:
             top = limits.max if limits else 1
-            lr = top * downsample(lr[None] / top, kernel, scale, top if limits else None)[0]
-        if made_here:
+            lr = top * downsample((hr if alone else lr)[None] / top, kernel, scale, top if limits else None)[0]
+        if alone:
+            lr = pad(lr, [MARGIN] * 4, mode="replicate")
+        elif made_here:
             lr = lr[:, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT]
         value_range = self._changed(info["range"], i)
-        return {"hr": normalize(hr, value_range), "lr": normalize(lr, value_range), "kernel": torch.tensor(DEGRADATIONS.index(kernel))}
+        told = {"whole": torch.tensor(alone)} if self.whole else {}
+        return {"hr": normalize(hr, value_range), "lr": normalize(lr, value_range), "kernel": torch.tensor(DEGRADATIONS.index(kernel))} | told
 
-    def _elsewhere(self, hr: np.ndarray, size: int, seen: tuple[float, float], random: np.random.Generator) -> np.ndarray:
+    def _elsewhere(self, hr: np.ndarray, size: int, alone: bool, seen: tuple[float, float], random: np.random.Generator) -> np.ndarray:
         "A window `[size, size]` of a frame as another camera would have taken it, in native values."
-        (low, high), window = seen, _somewhere(hr, round(size / draw_zoom(random, self.crop / min(hr.shape))), random)
+        (low, high), window = seen, _somewhere(hr, round(size / draw_zoom(random, self.crop / min(hr.shape))), alone, random)
         return low + (high - low) * other_camera(torch.from_numpy((window - low) / (high - low))[None], size, random)[0].numpy()
 
     @staticmethod
-    def _enlarged(hr: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+    def _enlarged(hr: np.ndarray, size: int, alone: bool, random: np.random.Generator) -> np.ndarray:
         "A window `[size, size]` of a frame that was made up to twice as large, in native values."
-        window = torch.from_numpy(_somewhere(hr, round(size / random.uniform(1, 2)), random))[None, None]
+        window = torch.from_numpy(_somewhere(hr, round(size / random.uniform(1, 2)), alone, random))[None, None]
         large = interpolate(window, (size, size), mode=("bilinear", "bicubic")[int(random.integers(2))])
         return large[0, 0].clamp(window.min(), window.max()).numpy()  # a bicubic kernel overshoots
 
@@ -256,10 +275,12 @@ def _shares(weights: Sequence[float], sources: int) -> list[Fraction]:
 def upsample_crop(
     lr: Tensor,  # [B, 1, h + 2·MARGIN, w + 2·MARGIN]
     scale: int = 4,
+    whole: Tensor | None = None,  # bool [B], whose LR has no margin but in shape; None: all have one
 ) -> Tensor:  # [B, 1, scale·h, scale·w]
     "The up-sampled crop, its margin cut off."
     edge = MARGIN * scale
-    return upsample(lr, scale)[..., edge:-edge, edge:-edge]
+    up = upsample(lr, scale)[..., edge:-edge, edge:-edge]
+    return up if whole is None else torch.where(whole[:, None, None, None], upsample(without_margin(lr), scale), up)
 
 
 def without_margin(

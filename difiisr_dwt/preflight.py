@@ -177,14 +177,15 @@ def check_reach(
 ) -> dict[str, float]:  # part of the loss: norm of its gradient in the first layer that it should reach
     "Raises `PreflightError` for a part that does not reach the first layer, and for layers that none reaches."
     model, device = state.model, state.accelerator.device
-    hr, up = batch["hr"].to(device), upsample_crop(batch["lr"].to(device), config.model.scale)
+    batch = {k: v.to(device) for k, v in batch.items()}
+    hr, up = batch["hr"], upsample_crop(batch["lr"], config.model.scale, batch.get("whole"))
     order: list[tuple[nn.Module, str]] = []
     hooks = [
         module.register_forward_hook(lambda m, *_, name=name: order.append((m, name)))
         for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) >= 2 and module.weight.requires_grad
     ]
     drawn = draw_chain(model, up, torch.Generator(device).manual_seed(config.seed))
-    parts, _ = state.loss(hr, up, *drawn, 0, lr=without_margin(batch["lr"]).to(device), kernel=batch["kernel"].to(device))
+    parts, _ = state.loss(hr, up, *drawn, 0, lr=without_margin(batch["lr"]), kernel=batch["kernel"])
     for hook in hooks:
         hook.remove()
     layers = {name: module.weight for module, name in order}
@@ -325,7 +326,7 @@ def check_before(
 
     def codec() -> str:
         device = at["state"].accelerator.device
-        hr, up = at["batch"]["hr"], upsample_crop(at["batch"]["lr"], config.model.scale)
+        hr, up = at["batch"]["hr"], upsample_crop(at["batch"]["lr"], config.model.scale, at["batch"].get("whole"))
         return check_round_trip(at["state"].model, hr.to(device), up.to(device))
 
     def gradients() -> str:

@@ -74,6 +74,7 @@ class TrainConfig:
     contrast: float = 0.0  # largest random change, relative
     cameras: float = 0.0  # share of the samples that another camera is made to take before LR is made, see `sensor.other_camera`
     enlarged: float = 0.0  # share of the samples that are made up to twice as large before LR is made
+    whole: float = 0.0  # share of the samples that are frames of their own, with a frame's borders: LR is made of the crop alone
     cache: str = ""  # folder of decoded frames that processes share, auto for the user's own; empty: in memory
     # model
     model: ModelConfig = ModelConfig()

@@ -101,7 +101,8 @@ def training_data(config: TrainConfig) -> PairDataset:
     "The pairs that a configuration trains on; raises `DataError` for unusable ones."
     return PairDataset(
         config.train, config.kernel, config.model.scale, config.crop, config.seed, config.augment, weights=config.weights,
-        brightness=config.brightness, contrast=config.contrast, cameras=config.cameras, enlarged=config.enlarged, cache=config.cache,
+        brightness=config.brightness, contrast=config.contrast, cameras=config.cameras, enlarged=config.enlarged,
+        whole=config.whole, cache=config.cache,
     )
 
 

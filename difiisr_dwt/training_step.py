@@ -105,7 +105,7 @@ def loss_weights(space: LatentSpace, config: TrainConfig) -> Tensor:
     if config.band_weights and len(config.band_weights) != space.codec.channels:
         raise TrainingError(f"'band_weights' must be {space.codec.channels} numbers, one per latent channel, not {len(config.band_weights)}")
     weights = space.loss_weights(config.band_weights)
-    return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of in ("image", "psnr") else weights
+    return weights * space.sigma.square() / space.sigma.square().mean() if config.error_of != "latent" else weights
 
 
 def draw_chain(
@@ -236,7 +236,7 @@ def initial_model(
 def _pairs(config: TrainConfig, dataset: PairDataset, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     "So many batches of (hr, up), others than those of the training itself."
     for batch in batches(dataset.with_seed(config.seed + 1), config.batch, 0, count):
-        yield batch["hr"], upsample_crop(batch["lr"], config.model.scale)
+        yield batch["hr"], upsample_crop(batch["lr"], config.model.scale, batch.get("whole"))
 
 
 def _take_over(model: RestorationModel, config: TrainConfig, dataset: PairDataset) -> None:
@@ -258,14 +258,13 @@ def _take_over(model: RestorationModel, config: TrainConfig, dataset: PairDatase
 
 
 def _mean_of(other: RestorationModel, wanted: NetworkConfig, config: TrainConfig, dataset: PairDataset) -> CompactUNet:
-    """The stateless network of a model, perhaps of fewer blocks than wanted, or one that is made of its chain's with the statistics
-    of a few batches."""
-    own = other.config.network.stateless
-    brought, size = (other.network, other.config.network) if own else (other.mean, other.config.mean)
-    if size is not None and dataclasses.replace(wanted, more=min(wanted.more, size.more)) == size:
-        return brought
-    if own:
-        raise TrainingError(f"{config.initial}: its configuration differs from 'model'; take over {resolved(other.config)}")
+    """The stateless network of a model, perhaps of fewer blocks than wanted, or where it has none one that is made of its chain's with
+    the statistics of a few batches."""
+    brought, size = (other.network, other.config.network) if other.config.network.stateless else (other.mean, other.config.mean)
+    if size is not None:
+        if dataclasses.replace(wanted, more=min(wanted.more, size.more)) == size:
+            return brought
+        raise TrainingError(f"{config.initial}: its network of a single step differs from the one in 'model'; take over {resolved(size)}, where only 'more' may be larger")
     hr, up = (torch.cat(images) for images in zip(*_pairs(config, dataset, max(1, 32 // config.batch)), strict=True))
     schedule, space = other.schedule, other.latent_space
     t, noise = torch.full((len(up),), schedule.steps - 1), torch.randn(other.noise_shape(up))
@@ -335,7 +334,7 @@ def training_step(
     seed = config.seed * 1_000_003 + state.iteration
     torch.manual_seed(seed * 1009 + accelerator.process_index)  # what dropout draws from
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    hr, up = batch["hr"], upsample_crop(batch["lr"], model.config.scale)
+    hr, up = batch["hr"], upsample_crop(batch["lr"], model.config.scale, batch.get("whole"))
     generator, terms = torch.Generator(device).manual_seed(seed), accelerator.unwrap_model(state.loss).terms
     drawn = draw_chain(model, up, generator, accelerator.num_processes, config.t)
     images = len(up) * accelerator.num_processes

@@ -301,12 +301,14 @@ def test_pairs_of_any_type_share_one_range(tmp_path, dtype):
     assert -2 < seen.quantile(0.02) < 0 < seen.quantile(0.98) < 2 and seen.std() > 0.1
 
 
+@pytest.mark.parametrize("whole", [0.0, 1.0])
 @pytest.mark.parametrize("option", ["cameras", "enlarged"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_other_cameras_of_any_type(tmp_path, dtype, option):
-    """HR is another picture on the grid of its type, LR is made of that picture, a chain's as well; LR that is given cannot be."""
+def test_other_cameras_of_any_type(tmp_path, dtype, option, whole):
+    """HR is another picture on the grid of its type, LR is made of that picture, a chain's as well; LR that is given cannot be.
+    Where the picture ends with the crop, LR is right to its borders."""
     folder = folder_of(tmp_path / "made", range(3), dtype, size=(120, 150))
-    own, other = (PairDataset([folder], ["matlab", "sensor"], crop=64, **{option: share}) for share in (0.0, 1.0))
+    own, other = (PairDataset([folder], ["matlab"] + ["sensor"] * (not whole), crop=64, whole=whole, **{option: share}) for share in (0.0, 1.0))
     for i in range(16):
         pair, kind = other[i], DEGRADATIONS[int(other[i]["kernel"])]
         assert all(torch.equal(pair[k], other[i][k]) for k in pair) and not torch.equal(pair["hr"], own[i]["hr"])
@@ -314,17 +316,19 @@ def test_other_cameras_of_any_type(tmp_path, dtype, option):
         hr, lr = ((x.double() + 1) / 2 * (high - low) + low for x in (pair["hr"], pair["lr"]))
         spread = float(np.ptp(array))
         assert array.min() - 0.2 * spread <= hr.min() and hr.max() <= array.max() + 0.2 * spread
-        inner = lr[..., MARGIN + 2 : -MARGIN - 2, MARGIN + 2 : -MARGIN - 2]
+        edge = 0 if whole else 2  # LR pixels that see beyond the crop
+        inner = lr[..., MARGIN + edge : -MARGIN - edge, MARGIN + edge : -MARGIN - edge]
         if dtype != "float32":
             assert (hr - hr.round()).abs().max() < 0.02 and (lr - lr.round()).abs().max() < 0.02
         if kind == "matlab":
             top = 1 if dtype == "float32" else np.iinfo(dtype).max
-            made = top * downsample((hr if top == 1 else hr.round())[None] / top, "matlab", levels=None if top == 1 else top)[0][..., 2:-2, 2:-2]
+            made = top * downsample((hr if top == 1 else hr.round())[None] / top, "matlab", levels=None if top == 1 else top)[0]
+            made = made[..., edge : made.shape[-2] - edge, edge : made.shape[-1] - edge]
             assert (made - inner).abs().max() <= (1e-3 * spread if top == 1 else 0.02)
         else:
             assert torch.corrcoef(torch.stack([inner.flatten(), torch.nn.functional.avg_pool2d(hr, 4)[..., 2:-2, 2:-2].flatten()]))[0, 1] > 0.5
-    with pytest.raises(DataError, match="set cameras and enlarged to 0"):
-        PairDataset([folder_of(tmp_path / "own", range(2), dtype, "bicubic")], crop=32, **{option: 0.5})
+    with pytest.raises(DataError, match="set cameras, enlarged and whole to 0"):
+        PairDataset([folder_of(tmp_path / "own", range(2), dtype, "bicubic")], crop=32, **({"whole": 0.5} if whole else {option: 0.5}))
 
 
 # ---- prepared folders
@@ -384,6 +388,8 @@ def test_every_offender_is_named_at_once(tmp_path):
     ({"brightness": -0.1}, "at least 0"),
     ({"cameras": 1.5}, "shares from 0 to 1"),
     ({"cameras": 0.6, "enlarged": 0.6}, "together too"),
+    ({"whole": 1.1}, "whole must be a share"),
+    ({"whole": 0.5, "kernel": ["box", "sensor"]}, "set whole to 0 or leave it out"),
     ({"crop": 1000}, "at least 1000×1000"),
 ])
 def test_wrong_options(options, message):
