@@ -128,13 +128,12 @@ class PairDataset(Dataset):
             raise DataError(f"brightness {brightness} must be at least 0, contrast {contrast} from 0 to below 1")
         if not (0 <= cameras and 0 <= enlarged and cameras + enlarged <= 1):
             raise DataError(f"cameras and enlarged must be shares from 0 to 1, together too, not {cameras} and {enlarged}")
-        chains = [name for name in check_kernels(kernel) if name in CHAINS]
         if not 0 <= whole <= 1:
             raise DataError(f"whole must be a share from 0 to 1, not {whole}")
-        if whole and chains:
+        self.kernels, self.whole = check_kernels(kernel), whole
+        if whole and (chains := [name for name in self.kernels if name in CHAINS]):
             raise DataError(f"whole is for kernels, and {', '.join(chains)} sees what lies around a crop; set whole to 0 or leave it out of kernel")
-        self.whole = whole
-        self.kernels, self.scale, self.crop, self.seed, self.augment = check_kernels(kernel), scale, crop, seed, augment
+        self.scale, self.crop, self.seed, self.augment = scale, crop, seed, augment
         self.length, self.brightness, self.contrast, self.cameras, self.enlarged = length, brightness, contrast, cameras, enlarged
         self.shares = _shares(weights, len(sources))
         self.items: list[dict[str, Sequence[Item]]] = []  # of each source: by kind, one per frame, see `_items`
@@ -202,16 +201,15 @@ class PairDataset(Dataset):
         alone = bool(self.whole) and self._draw(i, 6).random() < self.whole  # and ends where the crop does
         row, column = (_place(n // scale - size + 1, alone, random) for n in hr.shape)
         limits = np.iinfo(hr.dtype) if hr.dtype.kind == "u" else None
-        edge = scale * (MARGIN + CONTEXT)
+        edge = 0 if alone else scale * (MARGIN + CONTEXT)
         wide = self.crop + 2 * edge  # LR may be made here, from the HR crop and its surroundings
         chance = (another := self._draw(i, 5)).random() if self.cameras or self.enlarged else 1.0
         changed = chance < self.cameras + self.enlarged
         made_here = changed or kernel in CHAINS
         if changed:
-            side = self.crop if alone else wide
-            lr = self._elsewhere(hr, side, alone, shown["seen"], another) if chance < self.cameras else self._enlarged(hr, side, alone, another)
+            lr = self._elsewhere(hr, wide, alone, shown["seen"], another) if chance < self.cameras else self._enlarged(hr, wide, alone, another)
             lr = lr.round() if limits else lr
-            hr = lr if alone else lr[edge:-edge, edge:-edge]
+            hr = lr[edge : wide - edge, edge : wide - edge]
         else:
             if made_here:  # turned before: a sensor's columns stay upright
                 lr = _window(hr, row * scale - edge, column * scale - edge, wide)
